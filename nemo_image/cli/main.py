@@ -1,0 +1,58 @@
+"""The command group and what every command shares."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import click
+
+from nemo_image import __version__
+from nemo_image.errors import NemoImageError
+
+COMMANDS = {
+    "curate": "nemo_image.cli.curate",
+    "index": "nemo_image.cli.index",
+    "inspect": "nemo_image.cli.inspect",
+}
+
+
+class Commands(click.Group):
+    """Loads a command's module when it is called, and prints our errors in one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands' names."""
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Import a command."""
+        if name not in COMMANDS:
+            return None
+        import importlib
+
+        command: click.Command = getattr(importlib.import_module(COMMANDS[name]), name)
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; exit with 1 and one line where it fails."""
+        try:
+            return super().invoke(ctx)
+        except NemoImageError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(1)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="nemo-image")
+@click.option("-v", "--verbose", is_flag=True, help="Log what is done.")
+def main(verbose: bool) -> None:
+    """Curate image-text datasets: WebDataset tars with Parquet metadata."""
+    logging.basicConfig(
+        level=logging.INFO if verbose or not sys.stderr.isatty() else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    # Libraries say much at this level that is not about the user's data.
+    for name in ("distributed", "timm", "fsspec", "httpx", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.WARNING)

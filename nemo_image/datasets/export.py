@@ -1,0 +1,352 @@
+"""Export a dataset: count each shard's selected samples, plan the output, write one task an output shard."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import xxhash
+from dask.base import tokenize
+
+from nemo_image import backend, schema
+from nemo_image.datasets.columns import tar_identity
+from nemo_image.datasets.load import require_unique
+from nemo_image.datasets.partitions import PartitionTask, ShardTasks, shard_tasks
+from nemo_image.datasets.save import finish, run_shards
+from nemo_image.datasets.source import DatasetSource
+from nemo_image.engine.ledger import FOLDER, Named, ShardRecord
+from nemo_image.errors import ArgumentError, DatasetError, NemoImageError
+from nemo_image.export import plan, write
+from nemo_image.shards import files, parquet
+from nemo_image.shards.read import ShardReader, match_samples
+
+if TYPE_CHECKING:
+    from nemo_image.datasets.image_text_pair import ImageTextPairDataset
+
+MANIFEST = "export.json"
+
+
+@dataclass
+class CountItem:
+    """A source shard to count: `rows` makes its frame of ids and the filter column."""
+
+    shard: str
+    rows: PartitionTask
+
+
+@dataclass
+class Counted(ShardRecord):
+    """A source shard's record with what the plan needs.
+
+    Attributes
+    ----------
+    selected : int
+        Samples that pass.
+    digest : str
+        Hash of the selected ids and of the tar's identity: the export's inputs, for resuming.
+    """
+
+    selected: int = 0
+    digest: str = ""
+
+
+class CountSelected:
+    """Counts a shard's rows that pass and have a sample."""
+
+    task_name = "nemo-image-count"
+
+    def __init__(self, source: DatasetSource, filter_column: str) -> None:
+        self.source = source
+        self.filter_column = filter_column
+
+    def __call__(self, item: CountItem) -> Counted:
+        """Count one shard."""
+        record = Counted(shard=item.shard)
+        started = time.monotonic()
+        try:
+            self._count(item, record)
+            record.balance()
+        except Exception as error:
+            text = " ".join(str(error).split())
+            record.status = "failed"
+            record.error = text if isinstance(error, NemoImageError) else f"{type(error).__name__}: {text}"
+        record.seconds = round(time.monotonic() - started, 3)
+        return record
+
+    def _count(self, item: CountItem, record: Counted) -> None:
+        frame = item.rows()
+        summary = parquet.summary_or_none(self.source.parquet_url(item.shard), self.source.storage_options)
+        found = select(self.source, item.shard, frame, self.filter_column)
+        record.rows_in = len(frame) if summary is None else summary.rows
+        passed = int(found.passed.sum())
+        # Rows that the user's own frame left out or joined before the export's filter.
+        record.rows_joined = max(0, len(frame) - record.rows_in)
+        record.rows_filtered = max(0, record.rows_in - len(frame)) + len(frame) - passed
+        record.losses = {"without_sample": passed - len(found.rows)} if passed > len(found.rows) else {}
+        record.rows_out = record.selected = len(found.rows)
+        record.samples = found.samples
+        record.rows_without_sample = Named.of(found.without_sample)
+        record.repeated_members = Named.of(found.repeated)
+        ids = [repr(one) for one in frame[self.source.id_col].iloc[found.rows].tolist()]
+        identity = json.dumps(tar_identity(self.source, item.shard), sort_keys=True)
+        record.digest = xxhash.xxh3_128_hexdigest("\n".join([item.shard, identity, *ids]).encode())
+
+
+@dataclass
+class Selected:
+    """The rows of a shard that pass and have a sample, in the order of their offset in the tar."""
+
+    rows: Any
+    places: Any
+    passed: Any
+    samples: int
+    without_sample: list[Any]
+    repeated: list[str]
+    index: Any
+
+
+def select(source: DatasetSource, shard: str, frame: pd.DataFrame, filter_column: str) -> Selected:
+    """Find the rows of `frame` that pass, and their samples."""
+    passed = frame[filter_column].fillna(False).to_numpy(dtype=bool)
+    candidates = np.flatnonzero(passed)
+    ids = frame[source.id_col].iloc[candidates]
+    require_unique(backend.arrow_values(ids), f"the rows to export of shard {shard}")
+    with ShardReader(source.tar_url(shard), source.storage_options) as reader:
+        index = reader.index
+        found = match_samples(reader, ids.tolist(), source.id_col)
+    has = found >= 0
+    offsets = np.array([index.samples[place].offset for place in found[has]], np.int64)
+    order = np.argsort(offsets, kind="stable")
+    missing = ids.iloc[np.flatnonzero(~has)].tolist()
+    return Selected(candidates[has][order], found[has][order], passed, len(index), missing, list(index.repeated), index)
+
+
+@dataclass
+class OutputItem:
+    """An output shard to write: what it takes, and the tasks that make the rows of its source shards."""
+
+    shard: str
+    number: int
+    takes: Sequence[plan.Take]
+    sources: Sequence[tuple[str, PartitionTask]] = field(default_factory=list)
+
+
+class WriteOutput:
+    """Writes an output shard; returns its record, whatever happens."""
+
+    task_name = "nemo-image-export"
+
+    def __init__(
+        self, source: DatasetSource, settings: write.ExportSettings, naming: plan.Naming, filter_column: str
+    ) -> None:
+        self.source = source
+        self.settings = settings
+        self.naming = naming
+        self.filter_column = filter_column
+
+    def __call__(self, item: OutputItem) -> ShardRecord:
+        """Write one output shard."""
+        started = time.monotonic()
+        try:
+            done = write.is_written(self.settings, item.shard)
+            if done is not None and done.footer is not None:
+                return ShardRecord.from_dict({**done.footer.record, "status": "skipped", "rows_out": done.rows})
+            taken = [self._take(take, *one) for take, one in zip(item.takes, item.sources, strict=True)]
+            record = write.write_output(
+                self.settings, item.shard, lambda place: self.naming.sample(item.number, place), taken
+            )
+        except Exception as error:
+            text = " ".join(str(error).split())
+            cause = text if isinstance(error, NemoImageError) else f"{type(error).__name__}: {text}"
+            record = ShardRecord(shard=item.shard, status="failed", error=cause)
+        record.seconds = round(time.monotonic() - started, 3)
+        return record
+
+    def _take(self, take: plan.Take, shard: str, rows: PartitionTask) -> write.Taken:
+        frame = rows()
+        found = select(self.source, shard, frame, self.filter_column)
+        chosen = found.rows[take.positions]
+        wanted = [one for one in self.settings.arrow_schema if one.name in frame.columns and one.name != schema.SHARD]
+        fields = [
+            pa.field(one.name, backend.arrow_type_of(frame[one.name])) if self._is_id(one.name) else one
+            for one in wanted
+        ]
+        table = backend.frame_to_table(frame.iloc[chosen], pa.schema(fields))
+        samples = [found.index.samples[place] for place in found.places[take.positions]]
+        return write.Taken(self.source.tar_url(shard), samples, table, take.places)
+
+    def _is_id(self, name: str) -> bool:
+        """Ids are read in their own type, and written as the new ids' text."""
+        return name in (self.source.id_col, schema.KEY)
+
+
+def export(
+    dataset: ImageTextPairDataset,
+    target: str,
+    *,
+    filter_column: str,
+    samples_per_shard: int,
+    max_shards: int,
+    old_id_col: str | None,
+    keep_ids: bool,
+    shuffle_seed: int | None,
+) -> dict[str, Any]:
+    """Write the rows that pass as a new dataset; return the totals of the source shards.
+
+    See :meth:`ImageTextPairDataset.to_webdataset`, which calls this.
+    """
+    _check_arguments(dataset, target, filter_column, samples_per_shard, max_shards, old_id_col, keep_ids)
+    options = dataset.source.storage_options
+    before = _read_manifest(target, options)
+    _require_free(target, before, options)
+    dataset, tasks = _one_partition_a_shard(dataset)
+    source = dataset.source
+    counted = _count(dataset, source, filter_column)
+    total = sum(record.selected for record in counted)
+    if not total:
+        raise DatasetError(f"no row has {filter_column!r} true and a sample in its tar: nothing to export")
+    naming = plan.make_naming(total, samples_per_shard, max_shards)
+    arrow_schema = _output_schema(dataset, old_id_col, keep_ids)
+    token = tokenize(
+        [record.digest for record in counted],
+        [samples_per_shard, max_shards, old_id_col, keep_ids, shuffle_seed, dataset.id_col],
+        arrow_schema.to_string(show_schema_metadata=False),
+    )
+    if before is not None and before.get("token") != token:
+        raise DatasetError(f"{target} holds another export (of other rows or settings): give an empty folder")
+    files.sweep_temporaries(target, storage_options=options)
+    _write_manifest(target, {"token": token, "source": source.tar_root}, options)
+    settings = write.ExportSettings(
+        root=target,
+        id_col=dataset.id_col,
+        old_id_col=old_id_col,
+        keep_ids=keep_ids,
+        token=token,
+        arrow_schema=arrow_schema,
+        footer_columns={name: made for name, made in dataset.provenance.items() if name in arrow_schema.names},
+        storage_options=options,
+    )
+    counts = [record.selected for record in counted]
+    items = _outputs(tasks, counts, naming, samples_per_shard, shuffle_seed)
+    work = WriteOutput(source, settings, naming, filter_column)
+    written = run_shards("to_webdataset", work, items, plan.count_outputs(total, samples_per_shard), 1.0)
+    totals = finish(target, "to_webdataset-output", written, options)
+    if totals["rows_out"] != total:
+        raise DatasetError(f"{total} samples were selected, but {totals['rows_out']} were written: please report this")
+    return finish(target, "to_webdataset", counted, options)
+
+
+def _check_arguments(
+    dataset: ImageTextPairDataset,
+    target: str,
+    filter_column: str,
+    samples_per_shard: int,
+    max_shards: int,
+    old_id_col: str | None,
+    keep_ids: bool,
+) -> None:
+    dataset.require_columns([filter_column])
+    dtype = dataset.metadata._meta[filter_column].dtype
+    if not pd.api.types.is_bool_dtype(dtype):
+        raise ArgumentError(
+            f"filter_column {filter_column!r} holds {dtype}, not booleans: compare it with something first"
+        )
+    for name, value in (("samples_per_shard", samples_per_shard), ("max_shards", max_shards)):
+        if not isinstance(value, int) or value < 1:
+            raise ArgumentError(f"{name} must be a whole number, at least 1, not {value!r}")
+    if keep_ids and old_id_col is not None:
+        raise ArgumentError("keep_ids keeps the ids as they are, so there is no old id to keep: leave out old_id_col")
+    if old_id_col in (dataset.id_col, schema.SHARD, schema.KEY):
+        raise ArgumentError(
+            f"old_id_col {old_id_col!r} is a column that holds the new ids or shards: give another name"
+        )
+    if not target or target in (dataset.source.tar_root, dataset.source.metadata_root):
+        raise ArgumentError(f"path {target!r} is the dataset's own folder: give another one")
+
+
+def _require_free(target: str, before: Mapping[str, Any] | None, options: Mapping[str, Any]) -> None:
+    if before is not None:
+        return
+    fs, path = files.open_fs(target, options)
+    if not fs.exists(path):
+        return
+    if not fs.isdir(path):
+        raise DatasetError(f"{target} is a file: give a folder for the new dataset")
+    there = [name for suffix in (".tar", ".parquet") for name in files.list_files(target, suffix, options)]
+    if there:
+        raise DatasetError(f"{target} holds another dataset ({there[0]}, …): give an empty folder")
+
+
+def _one_partition_a_shard(dataset: ImageTextPairDataset) -> tuple[ImageTextPairDataset, ShardTasks]:
+    """Return the dataset with nothing left to compute but reading and cheap columns, one partition a shard."""
+    dataset = dataset.materialize()
+    tasks = shard_tasks(dataset.metadata)
+    if tasks is None:
+        # Joined or repartitioned: gather the rows by shard in files first.
+        dataset = dataset.materialize(always=True)
+        tasks = shard_tasks(dataset.metadata)
+    assert tasks is not None
+    return dataset, tasks
+
+
+def _count(dataset: ImageTextPairDataset, source: DatasetSource, filter_column: str) -> list[Counted]:
+    frame = dataset.metadata[[schema.SHARD, source.id_col, filter_column]]
+    tasks = shard_tasks(frame)
+    assert tasks is not None
+    items = (CountItem(shard, task) for shard, task in tasks)
+    work = CountSelected(source, filter_column)
+    records = run_shards("to_webdataset: counting", work, items, len(tasks.shards), 0.0)
+    if any(record.status == "failed" for record in records):
+        finish(source.metadata_root, "to_webdataset-count", records, source.storage_options)
+    return sorted((record for record in records if isinstance(record, Counted)), key=lambda record: record.shard)
+
+
+def _outputs(
+    tasks: ShardTasks, counts: Sequence[int], naming: plan.Naming, samples_per_shard: int, shuffle_seed: int | None
+) -> Iterator[OutputItem]:
+    ordered = sorted(tasks, key=lambda one: one[0])
+    for number in range(plan.count_outputs(sum(counts), samples_per_shard)):
+        takes = plan.takes_of(counts, number, samples_per_shard, shuffle_seed)
+        yield OutputItem(naming.shard(number), number, takes, [ordered[take.source] for take in takes])
+
+
+def _output_schema(dataset: ImageTextPairDataset, old_id_col: str | None, keep_ids: bool) -> pa.Schema:
+    """Return the output's columns: the frame's, with text ids and the shard's name as it is there."""
+    meta = dataset.metadata._meta
+    id_type = backend.arrow_type_of(meta[dataset.id_col])
+    own = dataset.source.schema
+    kinds: dict[str, pa.DataType] = {}
+    for name in meta.columns:
+        if name == schema.KEPT:
+            continue
+        kind = backend.arrow_type_of(meta[name])
+        kinds[name] = own.field(name).type if pa.types.is_null(kind) and name in own.names else kind
+    if not keep_ids:
+        kinds[dataset.id_col] = pa.string()
+        if schema.KEY in kinds:
+            kinds[schema.KEY] = pa.string()
+        if old_id_col is not None:
+            kinds[old_id_col] = id_type
+    kinds[schema.SHARD] = schema.SHARD_TYPE
+    return pa.schema(list(kinds.items()))
+
+
+def _read_manifest(target: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    fs, path = files.open_fs(files.join(target, FOLDER, MANIFEST), options)
+    try:
+        return dict(json.loads(fs.cat_file(path)))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        return {}
+
+
+def _write_manifest(target: str, values: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    with files.atomic_writer(files.join(target, FOLDER, MANIFEST), options) as out:
+        out.write(json.dumps(values, indent=1, sort_keys=True).encode() + b"\n")

@@ -1,0 +1,416 @@
+"""The dataset: a lazy frame of metadata, and where its samples lie."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import dask.dataframe as dd
+import pandas as pd
+
+from nemo_image import schema
+from nemo_image.datasets import columns as columns_
+from nemo_image.datasets import opening
+from nemo_image.datasets.discover import discover
+from nemo_image.datasets.load import ShardLoader
+from nemo_image.datasets.source import DatasetSource, OnMismatch
+from nemo_image.errors import ArgumentError, MissingColumnError
+from nemo_image.shards import parquet
+
+if TYPE_CHECKING:
+    from nemo_image.datasets.show import Gallery
+
+SHOWN_SHARDS = 3
+
+
+class ImageTextPairDataset:
+    """Image-text pairs in WebDataset tars, with a lazy Dask frame of metadata.
+
+    Users read and assign :attr:`metadata` freely. Each row says its shard and its id, so filters, joins and
+    repartitions keep every row with its own image.
+
+    Parameters
+    ----------
+    path : str
+        The folder (or fsspec URL) of the dataset.
+    metadata : dask.dataframe.DataFrame
+        One row a pair, with the columns ``shard`` and `id_col`. A frame without ``shard`` must have one partition a
+        tar file, in their order.
+    tar_files : sequence of str
+        The shards' tars.
+    id_col : str
+        The column that names a row's sample: by its key, or by the same field of its JSON.
+
+    Attributes
+    ----------
+    run_totals : dict or None
+        The sums of the ledger of the run that wrote this dataset; None for one that was opened.
+
+    Raises
+    ------
+    ArgumentError
+        If `tar_files` is empty, or `metadata` has neither ``shard`` nor one partition a tar file.
+    MissingColumnError
+        If `metadata` lacks `id_col`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], metadata: Any, tar_files: Sequence[str], id_col: str) -> None:
+        found = discover(list(tar_files))
+        if id_col not in metadata.columns:
+            raise MissingColumnError(
+                f"metadata has no column {id_col!r} (id_col); it has {', '.join(metadata.columns)}"
+            )
+        if schema.SHARD not in metadata.columns:
+            metadata = opening.name_shards(metadata, list(tar_files), found.root)
+        source = DatasetSource(
+            tar_root=found.root,
+            metadata_root=os.fspath(path).rstrip("/") or "/",
+            id_col=id_col,
+            schema=opening.schema_of_frame(metadata),
+        )
+        self._set_up(source, found.shards, metadata, {})
+
+    @classmethod
+    def from_webdataset(
+        cls,
+        path: str | os.PathLike[str] | Sequence[str],
+        id_col: str = "key",
+        sidecars: Sequence[str] = (),
+        on_mismatch: OnMismatch = "null",
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> ImageTextPairDataset:
+        """Open a WebDataset with Parquet metadata. Only names are listed and one schema is read.
+
+        Parameters
+        ----------
+        path : str, path or sequence of str
+            A folder, a glob, a brace pattern (``{00000..00099}.tar``) or a list of tars; local or any fsspec URL. A
+            dataset in which no tar has a Parquet file gets its metadata from the tars' JSON and captions.
+        id_col : str, default "key"
+            The column that names a row's sample.
+        sidecars : sequence of str
+            Folders of Parquet files with further columns, one file a shard, joined lazily by (shard, id).
+        on_mismatch : {"null", "drop", "raise"}
+            What happens to rows without a sample: null results and a reason in ``image_error``; left out, and counted
+            in the ledger; or a failed shard.
+        storage_options : dict, optional
+            Passed to fsspec.
+
+        Raises
+        ------
+        ArgumentError
+            If an argument is unusable.
+        DatasetError
+            If there is no such folder, no tar, a tar or Parquet file without its partner, or no column `id_col`.
+        """
+        return cls._opened(opening.open_webdataset(path, id_col, sidecars, on_mismatch, storage_options))
+
+    @classmethod
+    def _opened(cls, opened: opening.Opened) -> ImageTextPairDataset:
+        loader = ShardLoader(opened.source)
+        dataset = cls.__new__(cls)
+        metadata = dd.from_map(loader, opened.shards, meta=loader.meta(), label="load-shard")
+        dataset._set_up(opened.source, opened.shards, metadata, opened.provenance)
+        return dataset
+
+    def _set_up(
+        self, source: DatasetSource, shards: Sequence[str], metadata: Any, provenance: Mapping[str, dict[str, Any]]
+    ) -> None:
+        self._source = source
+        self._shards = list(shards)
+        self._metadata = metadata
+        self._counting_frame = metadata
+        self._provenance = dict(provenance)
+        self._pending: dict[str, Any] = {}
+        self._touched = False
+        self._reads_images = False
+        self.run_totals: dict[str, Any] | None = None
+
+    # What a user looks at and assigns -------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> str:
+        """The folder (or URL) of the dataset's metadata."""
+        return self._source.metadata_root
+
+    @property
+    def id_col(self) -> str:
+        """The column that names a row's sample."""
+        return self._source.id_col
+
+    @property
+    def tar_files(self) -> list[str]:
+        """The shards' tars."""
+        return [self._source.tar_url(shard) for shard in self._shards]
+
+    @property
+    def shards(self) -> list[str]:
+        """The shards' names: their tars' paths below the dataset's, without ``.tar``."""
+        return list(self._shards)
+
+    @property
+    def source(self) -> DatasetSource:
+        """Where the dataset's files lie."""
+        return self._source
+
+    @property
+    def provenance(self) -> dict[str, dict[str, Any]]:
+        """The fingerprint of each column that nemo_image added: what made it."""
+        return dict(self._provenance)
+
+    @property
+    def metadata(self) -> Any:
+        """The lazy Dask frame: one row a pair, one partition a shard at load."""
+        return self._metadata
+
+    @metadata.setter
+    def metadata(self, frame: Any) -> None:
+        if not hasattr(frame, "map_partitions") or not hasattr(frame, "columns"):
+            raise ArgumentError(
+                f"metadata must be a Dask frame, not {type(frame).__name__}: see dask.dataframe.from_pandas"
+            )
+        missing = [name for name in (schema.SHARD, self.id_col) if name not in frame.columns]
+        if missing:
+            raise MissingColumnError(
+                f"the assigned metadata lacks {', '.join(map(repr, missing))}: each row must say its shard and its id"
+            )
+        self._metadata = self._counting_frame = frame
+        self._touched = True
+        self._pending = {name: dtype for name, dtype in self._pending.items() if name in frame.columns}
+
+    def __len__(self) -> int:
+        """Count the rows, from the files' footers where no filter was assigned."""
+        if not self._touched and self._source.on_mismatch != "drop" and not self._source.built_from_tars:
+            options = self._source.storage_options
+            return sum(parquet.read_summary(self._source.parquet_url(shard), options).rows for shard in self._shards)
+        return len(self._counting_frame)
+
+    def head(self, n: int = 5, npartitions: int = 1) -> pd.DataFrame:
+        """Compute the first `n` rows (of the first `npartitions` partitions; -1 means all)."""
+        frame: pd.DataFrame = self._metadata.head(n, npartitions=npartitions)
+        return frame
+
+    def show(self, n: int = 10) -> Gallery:
+        """Show the first `n` pictures with captions and scores, in a notebook."""
+        from nemo_image.datasets.show import Gallery
+
+        return Gallery.of(self, n)
+
+    def __repr__(self) -> str:
+        shards = ", ".join(self._shards[:SHOWN_SHARDS]) + (", …" if len(self._shards) > SHOWN_SHARDS else "")
+        rows = "rows not counted" if self._touched else "rows as stored"
+        pending = f"\n  to compute: {', '.join(self._pending)}" if self._pending else ""
+        return (
+            f"<ImageTextPairDataset {self.path}\n"
+            f"  {len(self._shards)} shards ({shards}), {self._metadata.npartitions} partitions, {rows}\n"
+            f"  id_col: {self.id_col}\n"
+            f"  columns: {', '.join(self._metadata.columns)}{pending}>"
+        )
+
+    # What operators use ---------------------------------------------------------------------------------------------
+
+    def map_columns(
+        self,
+        function: Callable[[pd.DataFrame], pd.DataFrame],
+        *,
+        inputs: Sequence[str] = (),
+        outputs: Mapping[str, Any],
+        fingerprints: Mapping[str, Mapping[str, Any]],
+        reads_images: bool = False,
+    ) -> ImageTextPairDataset:
+        """Add an operator's columns, lazily, computing only the rows that are not computed yet.
+
+        Parameters
+        ----------
+        function : callable
+            Takes a frame with ``shard``, the id and `inputs` (its index counts from 0), and returns one with `outputs`
+            on the same index. Runs on the workers; tokenizable by Dask.
+        inputs : sequence of str
+            The columns that `function` reads; no others are.
+        outputs : dict of str to dtype
+            The columns that it makes. A row counts as computed once the first of them, or ``image_error``, is not null.
+        fingerprints : dict of str to dict
+            What makes each column: values for JSON. Earlier values with the same fingerprint are taken as they are.
+        reads_images : bool
+            Whether `function` reads the tars, so that the ledger should account for their samples.
+
+        Returns
+        -------
+        ImageTextPairDataset
+            The same rows with the columns added.
+        """
+        wanted = columns_.required_inputs(self._source, inputs)
+        joins_errors = schema.IMAGE_ERROR in outputs and schema.IMAGE_ERROR in self._pending
+        if joins_errors:
+            wanted = list(dict.fromkeys([*wanted, schema.IMAGE_ERROR]))
+        self.require_columns(wanted)
+        plain = {name: dict(fingerprint) for name, fingerprint in fingerprints.items()}
+        work = columns_.ColumnFunction(function, self._source, outputs, plain, joins_errors)
+        made = self._metadata[wanted].map_partitions(work, meta=schema.empty_frame(outputs.items()))
+        frame = self._metadata.assign(**{name: made[name] for name in outputs})
+        result = self._copy()
+        result._metadata = frame
+        result._provenance |= plain
+        result._pending |= dict(outputs)
+        result._reads_images = self._reads_images or reads_images
+        return result
+
+    def with_user_columns(self, columns: Mapping[str, Any]) -> ImageTextPairDataset:
+        """Return the dataset with columns of the caller's own, as if assigned to :attr:`metadata`."""
+        result = self._copy()
+        result._metadata = self._metadata.assign(**columns)
+        result._touched = True
+        return result
+
+    def require_columns(self, names: Sequence[str]) -> None:
+        """Raise if the metadata lacks a column.
+
+        Raises
+        ------
+        MissingColumnError
+            Naming it, and the columns that are there.
+        """
+        missing = [name for name in names if name not in self._metadata.columns]
+        if missing:
+            raise MissingColumnError(
+                f"the metadata has no column {', '.join(map(repr, missing))}; it has "
+                f"{', '.join(self._metadata.columns)}"
+            )
+
+    def _copy(self) -> ImageTextPairDataset:
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        copy._provenance = dict(self._provenance)
+        copy._pending = dict(self._pending)
+        return copy
+
+    # What writes ----------------------------------------------------------------------------------------------------
+
+    def save_metadata(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        columns: Sequence[str] | None = None,
+        resume: bool = True,
+        max_failure_ratio: float = 0.05,
+    ) -> ImageTextPairDataset:
+        """Compute the metadata and write one Parquet file a shard, each atomically.
+
+        Parameters
+        ----------
+        path : str or path, optional
+            The folder to write. By default the dataset's own files are enriched in place: rows and columns that were
+            there stay, and rows that the frame no longer has get nulls in the new columns. With a `path`, exactly the
+            frame's rows are written.
+        columns : sequence of str, optional
+            With a `path`: the columns to write besides ``shard`` and the id; all by default.
+        resume : bool, default True
+            Compute only what is not computed yet, was made by something else, or from another source.
+        max_failure_ratio : float, default 0.05
+            The run stops early once more than this share of the shards has failed (one failed shard is always borne,
+            unless it is 0).
+
+        Returns
+        -------
+        ImageTextPairDataset
+            The saved dataset, re-read.
+
+        Raises
+        ------
+        ArgumentError
+            If `columns` is given without a `path`, or an argument is out of range.
+        MissingColumnError
+            If a column of `columns` is not there.
+        RunError
+            After the other shards are finished, if some failed: lists them with their causes.
+        TooManyFailuresError
+            If the run was stopped early.
+        """
+        from nemo_image.datasets import save
+
+        target = None if path is None else os.fspath(path).rstrip("/")
+        totals = save.save(self, target, columns, resume, max_failure_ratio)
+        saved = type(self)._opened(opening.reopen(self._source, self._shards, target))
+        saved.run_totals = totals
+        return saved
+
+    def to_webdataset(
+        self,
+        path: str | os.PathLike[str],
+        filter_column: str,
+        samples_per_shard: int = 10000,
+        max_shards: int = 5,
+        old_id_col: str | None = None,
+        keep_ids: bool = False,
+        shuffle_seed: int | None = None,
+    ) -> ImageTextPairDataset:
+        """Write the rows where `filter_column` is true as a new dataset of full shards.
+
+        Parameters
+        ----------
+        path : str or path
+            A folder that holds no other dataset.
+        filter_column : str
+            A boolean column; null counts as false.
+        samples_per_shard : int, default 10000
+            Samples of each output shard; only the last has fewer.
+        max_shards : int, default 5
+            Digits of the shard number in names and ids: 5 digits are room for 100,000 shards.
+        old_id_col : str, optional
+            A column (and JSON field) that keeps the old id.
+        keep_ids : bool, default False
+            Keep the samples' keys and ids as they are.
+        shuffle_seed : int, optional
+            Shuffle the samples by this seed; by default they are in the order of (shard, offset in the tar).
+
+        Returns
+        -------
+        ImageTextPairDataset
+            The new dataset.
+
+        Raises
+        ------
+        ArgumentError
+            If too few digits are given for the shards, `filter_column` is not boolean, or an argument is out of range.
+        DatasetError
+            If `path` holds another dataset, or no row passes.
+        RunError
+            If shards failed.
+        """
+        from nemo_image.datasets import export
+
+        totals = export.export(
+            self,
+            os.fspath(path).rstrip("/"),
+            filter_column=filter_column,
+            samples_per_shard=samples_per_shard,
+            max_shards=max_shards,
+            old_id_col=old_id_col,
+            keep_ids=keep_ids,
+            shuffle_seed=shuffle_seed,
+        )
+        options = dict(self._source.storage_options) or None
+        exported = type(self).from_webdataset(path, id_col=self.id_col, storage_options=options)
+        exported.run_totals = totals
+        return exported
+
+    def materialize(self, always: bool = False) -> ImageTextPairDataset:
+        """Compute what is pending once, resumably, in the dataset's ``_nemo_image/`` folder.
+
+        Operators that need several passes call this, so that nothing is embedded twice.
+
+        Parameters
+        ----------
+        always : bool, default False
+            Write the rows to files even if no column is pending.
+
+        Returns
+        -------
+        ImageTextPairDataset
+            The same rows, read from the files; itself if there is nothing pending.
+        """
+        if not self._pending and not always:
+            return self
+        from nemo_image.datasets import save
+
+        return self.save_metadata(save.materialized_root(self))

@@ -1,0 +1,215 @@
+"""Read one shard's metadata as the partition of a lazy frame."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from nemo_image import backend, schema
+from nemo_image.datasets.source import DatasetSource
+from nemo_image.errors import IdMismatchError, MetadataFileError
+from nemo_image.shards import parquet
+from nemo_image.shards.files import open_fs
+from nemo_image.shards.read import ShardReader, match_samples
+
+logger = logging.getLogger("nemo_image")
+
+
+class ShardLoader:
+    """Loads a shard's rows: the function behind ``dd.from_map``, one partition a shard.
+
+    ``columns`` is how Dask pushes a projection down, so that only the columns that a computation needs are read.
+    """
+
+    def __init__(self, source: DatasetSource) -> None:
+        self.source = source
+
+    def __call__(self, shard: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """Return the rows of `shard` as a frame of Arrow columns, in the file's order."""
+        source = self.source
+        wanted = [*source.schema.names, schema.SHARD] if columns is None else list(columns)
+        table = self._table(shard, [name for name in wanted if name != schema.SHARD])
+        frame = pd.DataFrame(
+            {name: backend.series_of(table[name], pd.RangeIndex(len(table))) for name in table.column_names},
+            index=pd.RangeIndex(len(table)),
+        )
+        if schema.SHARD in wanted:
+            frame[schema.SHARD] = schema.shard_column(shard, len(frame))
+        return frame[wanted]
+
+    def meta(self) -> pd.DataFrame:
+        """Return the empty frame that stands for every partition."""
+        frame = schema.empty_frame((field.name, schema.arrow_dtype(field.type)) for field in self.source.schema)
+        frame[schema.SHARD] = schema.shard_meta()
+        return frame
+
+    def __dask_tokenize__(self) -> tuple[Any, ...]:
+        return ("ShardLoader", self.source.__dask_tokenize__())
+
+    def _table(self, shard: str, columns: list[str]) -> pa.Table:
+        source = self.source
+        own = [name for name in columns if not any(name in names for names in source.sidecars.values())]
+        need_ids = len(own) < len(columns) or source.on_mismatch != "null"
+        read = own if source.id_col in own or not need_ids else [*own, source.id_col]
+        table = read_rows(source, shard, read)
+        for folder, names in source.sidecars.items():
+            taken = [name for name in columns if name in names]
+            if taken:
+                table = _join_sidecar(source, table, folder, shard, taken)
+        if source.on_mismatch != "null":
+            table = self._checked(shard, table)
+        return table.select(columns)
+
+    def _checked(self, shard: str, table: pa.Table) -> pa.Table:
+        source = self.source
+        with ShardReader(source.tar_url(shard), source.storage_options) as reader:
+            found = match_samples(reader, table[source.id_col].to_pylist(), source.id_col) >= 0
+        if found.all():
+            return table
+        if source.on_mismatch == "raise":
+            missing = table[source.id_col].filter(pa.array(~found))
+            raise IdMismatchError(
+                f"{source.parquet_url(shard)}: {len(missing)} rows have no sample in the tar, the first with "
+                f"{source.id_col} {missing[0].as_py()!r} (on_mismatch='null' keeps such rows, 'drop' leaves them out)"
+            )
+        return table.filter(pa.array(found))
+
+
+def read_rows(source: DatasetSource, shard: str, columns: Sequence[str]) -> pa.Table:
+    """Read columns of a shard's own metadata, cast to the dataset's types.
+
+    Raises
+    ------
+    MetadataFileError
+        If the file is unreadable, or a column's values do not fit the dataset's type.
+    """
+    url = source.parquet_url(shard)
+    if source.built_from_tars and not _exists(url, source.storage_options):
+        with ShardReader(source.tar_url(shard), source.storage_options) as reader:
+            table = metadata_of_tar(reader)
+        return _conform(table, source, shard, columns)
+    present = parquet.read_summary(url, source.storage_options).schema.names
+    if source.id_col not in present:
+        raise MetadataFileError(f"{url} has no column {source.id_col!r} (id_col); it has {', '.join(present)}")
+    table = parquet.read_table(url, [name for name in columns if name in present], source.storage_options)
+    return _conform(table, source, shard, columns)
+
+
+def _conform(table: pa.Table, source: DatasetSource, shard: str, columns: Sequence[str]) -> pa.Table:
+    arrays = []
+    for name in columns:
+        kind = source.schema.field(name).type
+        if name not in table.column_names:
+            # Absent in this shard, there in others: null, as unified schemas say.
+            arrays.append(pa.nulls(len(table), kind))
+            continue
+        arrays.append(_cast(table[name], kind, source.parquet_url(shard), name))
+    rows = len(table)
+    return pa.table(dict(zip(columns, arrays, strict=True))) if columns else pa.table({"": pa.nulls(rows)}).select([])
+
+
+def _cast(column: pa.ChunkedArray, kind: pa.DataType, url: str, name: str) -> pa.ChunkedArray:
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(schema.plain_type(column.type))
+    try:
+        # Safe casting: 3.0 becomes 3, 3.5 is refused.
+        return column.cast(kind)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise MetadataFileError(
+            f"{url}: column {name!r} is {column.type} here and {kind} in the dataset, and its values do not fit "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _join_sidecar(source: DatasetSource, table: pa.Table, folder: str, shard: str, names: Sequence[str]) -> pa.Table:
+    from nemo_image.shards.files import join
+
+    url = join(folder, shard + ".parquet")
+    if not _exists(url, source.storage_options):
+        for name in names:
+            table = table.append_column(name, pa.nulls(len(table), source.schema.field(name).type))
+        return table
+    beside = parquet.read_table(url, [source.id_col, *names], source.storage_options)
+    positions = id_positions(table[source.id_col], beside[source.id_col], url)
+    taken = pa.array(positions, mask=positions < 0)
+    for name in names:
+        column = _cast(beside[name], source.schema.field(name).type, url, name)
+        table = table.append_column(name, column.take(taken))
+    return table
+
+
+def id_positions(wanted: Any, present: Any, where: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return, for each id of `wanted`, its position in `present`, or -1.
+
+    Parameters
+    ----------
+    wanted, present : pyarrow array of ids
+        Compared by value; as strings where their types differ.
+    where : str
+        The file of `present`, for the error.
+
+    Raises
+    ------
+    IdMismatchError
+        If an id stands more than once in `present`.
+    """
+    if wanted.type != present.type:
+        wanted, present = wanted.cast(pa.string()), present.cast(pa.string())
+    if isinstance(present, pa.ChunkedArray):
+        present = present.combine_chunks()
+    require_unique(present, where)
+    positions = pc.index_in(wanted, value_set=present, skip_nulls=True)
+    return np.asarray(pc.fill_null(positions, -1)).astype(np.int64)
+
+
+def require_unique(ids: Any, where: str) -> None:
+    """Raise if an id stands more than once (nulls do not count).
+
+    Raises
+    ------
+    IdMismatchError
+        Naming the first few.
+    """
+    counts = pc.value_counts(ids.drop_null())
+    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    if len(repeated):
+        first = ", ".join(repr(value) for value in repeated[:5].to_pylist())
+        raise IdMismatchError(f"{where}: {len(repeated)} ids stand more than once, for example {first}")
+
+
+def metadata_of_tar(reader: ShardReader) -> pa.Table:
+    """Build a shard's metadata from its tar: ``key``, ``caption`` and the fields of each sample's JSON.
+
+    A field whose values have no common type becomes its JSON text.
+    """
+    samples = reader.index.samples
+    columns: dict[str, list[Any]] = {schema.KEY: [sample.key for sample in samples]}
+    captions = [reader.read_caption(sample) for sample in samples]
+    fields = [reader.read_json(sample) or {} for sample in samples]
+    names = sorted({name for one in fields for name in one if name not in (schema.KEY, schema.SHARD)})
+    for name in names:
+        columns[name] = [one.get(name) for one in fields]
+    if any(caption is not None for caption in captions):
+        spoken = columns.get(schema.CAPTION, [None] * len(samples))
+        columns[schema.CAPTION] = [a if a is not None else b for a, b in zip(captions, spoken, strict=True)]
+    return pa.table({name: _infer(values) for name, values in columns.items()})
+
+
+def _infer(values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        texts = [value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False) for value in values]
+        return pa.array(texts, pa.string())
+
+
+def _exists(url: str, storage_options: Mapping[str, Any]) -> bool:
+    fs, path = open_fs(url, storage_options)
+    return bool(fs.exists(path))

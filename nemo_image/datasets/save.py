@@ -1,0 +1,185 @@
+"""Save a dataset's metadata: plan on the client, one task a shard, then the ledger."""
+
+from __future__ import annotations
+
+import logging
+import os
+import posixpath
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from dask.base import tokenize
+
+from nemo_image import backend, schema
+from nemo_image.datasets import opening, scattered
+from nemo_image.datasets.columns import with_earlier
+from nemo_image.datasets.partitions import shard_tasks
+from nemo_image.datasets.save_shard import SavedColumns, SaveShard
+from nemo_image.engine import ledger
+from nemo_image.engine.progress import Progress
+from nemo_image.engine.run import run_tasks
+from nemo_image.errors import ArgumentError, RunError, TooManyFailuresError
+from nemo_image.shards import files
+
+if TYPE_CHECKING:
+    from nemo_image.datasets.image_text_pair import ImageTextPairDataset
+
+logger = logging.getLogger("nemo_image")
+
+FAILURES_NAMED = 10
+
+
+def save(
+    dataset: ImageTextPairDataset,
+    target: str | None,
+    columns: Sequence[str] | None,
+    resume: bool,
+    max_failure_ratio: float,
+) -> dict[str, Any]:
+    """Compute and write a dataset's metadata; return the run's totals.
+
+    See :meth:`ImageTextPairDataset.save_metadata`, which calls this.
+    """
+    _check_arguments(dataset, target, columns, max_failure_ratio)
+    source = dataset.source
+    root = target or source.metadata_root
+    files.sweep_temporaries(root, storage_options=source.storage_options)
+    _write_manifest(dataset, target)
+    saved = _columns_to_save(dataset, target, columns)
+    frame = dataset.metadata[[schema.SHARD, source.id_col, *(field.name for field in saved.fields)]]
+    frame = with_earlier(frame, (root, source.metadata_root) if resume else ())
+    work = SaveShard(source, root, saved, resume=resume)
+    with scattered.saved_items(frame, shard_tasks(frame), dataset.shards, root, source) as items:
+        records = run_shards("save_metadata", work, items, len(dataset.shards), max_failure_ratio)
+    return finish(root, "save_metadata", records, source.storage_options)
+
+
+def _check_arguments(
+    dataset: ImageTextPairDataset, target: str | None, columns: Sequence[str] | None, max_failure_ratio: float
+) -> None:
+    if not 0 <= max_failure_ratio <= 1:
+        raise ArgumentError(f"max_failure_ratio must lie in [0, 1], not {max_failure_ratio}")
+    if target is not None and target in ("", dataset.source.tar_root) and target != dataset.source.metadata_root:
+        raise ArgumentError(f"path {target!r} is where the tars lie: give another folder, or none to enrich in place")
+    if columns is not None:
+        if target is None:
+            raise ArgumentError(
+                "columns chooses what goes to another folder: give path too (in place, every column stays)"
+            )
+        if isinstance(columns, str):
+            raise ArgumentError(f"columns must be a list of names, not a string: [{columns!r}]")
+        dataset.require_columns(columns)
+
+
+def _columns_to_save(dataset: ImageTextPairDataset, target: str | None, columns: Sequence[str] | None) -> SavedColumns:
+    """Tell which columns the frame must give, and in which types every shard writes them."""
+    source = dataset.source
+    in_place = target is None or target == source.metadata_root
+    names = list(dataset.metadata.columns) if columns is None else list(columns)
+    if in_place and not dataset._touched:
+        # What the user did not touch is already in the file.
+        names = list(dataset._pending)
+    if schema.IMAGE_ERROR in dataset._pending:
+        # Without the reasons, a row that failed could not be told from one that is not computed yet.
+        names.append(schema.IMAGE_ERROR)
+    names = [name for name in dict.fromkeys(names) if name not in (schema.SHARD, source.id_col)]
+    meta = dataset.metadata._meta
+    fields = [pa.field(name, _saved_type(dataset, name, meta)) for name in names]
+    id_type = source.schema.field(source.id_col).type if source.id_col in source.schema.names else pa.string()
+    fingerprints = {name: dataset.provenance[name] for name in names if name in dataset.provenance}
+    return SavedColumns(
+        fields=fields,
+        id_field=pa.field(source.id_col, id_type),
+        fingerprints=fingerprints,
+        computed=[name for name in names if name in dataset._pending],
+        in_place=in_place,
+        plan=tokenize(dataset.metadata) if dataset._touched else None,
+        reads_images=dataset._reads_images,
+    )
+
+
+def _saved_type(dataset: ImageTextPairDataset, name: str, meta: Any) -> pa.DataType:
+    if name in dataset._pending:
+        return backend.arrow_type_of(schema.empty_frame([(name, dataset._pending[name])])[name])
+    kind = backend.arrow_type_of(meta[name])
+    own = dataset.source.schema
+    return own.field(name).type if pa.types.is_null(kind) and name in own.names else kind
+
+
+def _write_manifest(dataset: ImageTextPairDataset, target: str | None) -> None:
+    source = dataset.source
+    folders = sorted({posixpath.dirname(shard) for shard in dataset.shards})
+    if target is not None and target != source.metadata_root:
+        values: dict[str, Any] = {"tar_root": _absolute(source.tar_root), "folders": folders, "id_col": source.id_col}
+        opening.write_manifest(target, values, source.storage_options)
+    elif source.built_from_tars:
+        # Without this, a run that was stopped would leave a folder of which only some tars have a Parquet file.
+        opening.write_manifest(source.metadata_root, {"from_tars": True}, source.storage_options)
+
+
+def _absolute(root: str) -> str:
+    return root if "://" in root else os.path.abspath(root)
+
+
+def run_shards(
+    label: str,
+    work: Callable[[Any], ledger.ShardRecord],
+    items: Iterable[Any],
+    count: int,
+    max_failure_ratio: float,
+) -> list[ledger.ShardRecord]:
+    """Run `work` over shards with progress, stopping early where too many fail."""
+    records: list[ledger.ShardRecord] = []
+    allowed = max(1.0, max_failure_ratio * count) if max_failure_ratio > 0 else 0.0
+    failed = 0
+
+    def too_many() -> bool:
+        return failed > allowed
+
+    started = time.monotonic()
+    with Progress(label, count) as progress:
+        for record in run_tasks(work, items, on_error=_dead_task, count=count, should_stop=too_many):
+            records.append(record)
+            failed += record.status == "failed"
+            progress.advance(record.rows_out or 0)
+    logger.info("%s: %d shards in %.1f s", label, len(records), time.monotonic() - started)
+    if too_many() and len(records) < count:
+        failures = {record.shard: record.error or "" for record in records if record.status == "failed"}
+        raise TooManyFailuresError(
+            f"stopped early: {failed} of the first {len(records)} shards failed, more than max_failure_ratio="
+            f"{max_failure_ratio} of {count} allows. {_causes(failures)}",
+            failures,
+        )
+    return records
+
+
+def _dead_task(item: Any, error: BaseException) -> ledger.ShardRecord:
+    return ledger.ShardRecord(shard=item.shard, status="failed", error=f"{type(error).__name__}: {error}")
+
+
+def finish(root: str, kind: str, records: Sequence[ledger.ShardRecord], storage_options: Any) -> dict[str, Any]:
+    """Write the ledger of a run; raise if shards failed."""
+    url, totals = ledger.write_ledger(root, kind, records, storage_options)
+    totals["ledger"] = url
+    failures: dict[str, str] = totals["failed_shards"]
+    if failures:
+        raise RunError(
+            f"{len(failures)} of {len(records)} shards failed, the others are finished (ledger: {url}). "
+            f"{_causes(failures)}",
+            failures,
+        )
+    return totals
+
+
+def _causes(failures: dict[str, str]) -> str:
+    named = [f"{shard}: {cause}" for shard, cause in sorted(failures.items())[:FAILURES_NAMED]]
+    more = len(failures) - len(named)
+    return "; ".join(named) + (f"; and {more} more" if more > 0 else "")
+
+
+def materialized_root(dataset: ImageTextPairDataset) -> str:
+    """Return the folder in which a dataset's pending columns are materialised: one for each plan."""
+    token = tokenize(dataset.metadata, sorted(dataset._pending))
+    return files.join(dataset.source.metadata_root, ledger.FOLDER, f"materialized-{token[:16]}")

@@ -1,0 +1,308 @@
+"""The embedder interface, and how any embedder is mapped over a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from nemo_image import backend, schema
+from nemo_image.datasets import ImageTextPairDataset
+from nemo_image.datasets.columns import rows_by_shard
+from nemo_image.datasets.source import DatasetSource
+from nemo_image.engine import threads
+from nemo_image.engine.model_cache import ModelSpec, get_model
+from nemo_image.engine.tokens import behaviour_token
+from nemo_image.errors import ArgumentError, ShardError
+from nemo_image.shards.keys import match_ids
+
+FloatMatrix = npt.NDArray[np.floating[Any]]
+
+
+@dataclass
+class ShardEmbeddings:
+    """What an embedder found for some rows of a shard.
+
+    Attributes
+    ----------
+    matrix : ndarray of float, shape (n, size)
+        The embeddings, of as many rows as have one.
+    rows : ndarray of int64, shape (n,)
+        The position of each among the rows asked for, ascending.
+    errors : dict of int to str
+        Reason by position, for rows without an embedding.
+    widths, heights : dict of int to int
+        Size of the stored image in pixels, by position.
+    """
+
+    matrix: FloatMatrix
+    rows: npt.NDArray[np.int64]
+    errors: dict[int, str] = field(default_factory=dict)
+    widths: dict[int, int] = field(default_factory=dict)
+    heights: dict[int, int] = field(default_factory=dict)
+
+
+class ImageEmbedder:
+    """Adds an embedding of each image to a dataset.
+
+    A custom embedder overrides :meth:`load_dataset_shard` and :meth:`load_embedding_model`, and nothing else.
+
+    Parameters
+    ----------
+    model_name : str
+        Names the model in fingerprints.
+    image_embedding_column : str, default "image_embedding"
+        The column to add.
+    classifiers : iterable of ImageClassifier
+        Score the embeddings in the same pass.
+    normalize_embeddings : bool, default False
+        Whether to divide each embedding by its L2 norm.
+    embedding_dtype : {"float32", "float16"}
+        The precision in which embeddings are kept.
+    """
+
+    # Class attributes, so that a subclass whose constructor does not call this one works too.
+    model_name: str = ""
+    image_embedding_column: str = schema.IMAGE_EMBEDDING
+    classifiers: Iterable[Callable[[ImageTextPairDataset], ImageTextPairDataset]] = ()
+    normalize_embeddings: bool = False
+    embedding_dtype: str = "float32"
+    adds_sizes: bool = False
+
+    def __init__(
+        self,
+        model_name: str = "",
+        image_embedding_column: str = schema.IMAGE_EMBEDDING,
+        classifiers: Iterable[Callable[[ImageTextPairDataset], ImageTextPairDataset]] = (),
+        *,
+        normalize_embeddings: bool = False,
+        embedding_dtype: str = "float32",
+    ) -> None:
+        self.model_name = model_name
+        self.image_embedding_column = image_embedding_column
+        self.classifiers = tuple(classifiers)
+        self.normalize_embeddings = normalize_embeddings
+        self.embedding_dtype = embedding_dtype
+
+    # To override -----------------------------------------------------------------------------------------------------
+
+    def load_dataset_shard(self, tar_path: str) -> Iterable[tuple[Any, Sequence[Mapping[str, Any]]]]:
+        """Yield ``(batch, metadata)`` over a shard.
+
+        Parameters
+        ----------
+        tar_path : str
+            The shard's tar.
+
+        Yields
+        ------
+        batch : object
+            Whatever the model takes.
+        metadata : list of dict
+            One a sample of the batch, each with the dataset's ``id_col``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override load_dataset_shard(tar_path)")
+
+    def load_embedding_model(self, device: str) -> Callable[[Any], Any]:
+        """Return a callable that turns a batch into embeddings of shape (n, size).
+
+        Called once in each worker process.
+
+        Parameters
+        ----------
+        device : str
+            A torch device: ``"cpu"`` or ``"cuda"``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override load_embedding_model(device)")
+
+    # May be overridden -----------------------------------------------------------------------------------------------
+
+    def prepare(self, dataset: ImageTextPairDataset) -> ImageEmbedder:
+        """Check on the client what can be checked, before any task starts; return the embedder to run.
+
+        Raises
+        ------
+        ArgumentError
+            If an argument is unusable.
+        """
+        if self.embedding_dtype not in schema.EMBEDDING_TYPES:
+            raise ArgumentError(f"embedding_dtype must be 'float32' or 'float16', not {self.embedding_dtype!r}")
+        return self
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what makes the embedding column: values for JSON."""
+        return {
+            "operator": f"{type(self).__module__}.{type(self).__qualname__}",
+            "model": self.model_name,
+            "state": behaviour_token(self),
+            "normalized": self.normalize_embeddings,
+            "embedding_dtype": self.embedding_dtype,
+        }
+
+    def embed_rows(self, source: DatasetSource, shard: str, ids: Sequence[Any]) -> ShardEmbeddings:
+        """Embed the rows of one shard that have the ids given."""
+        model = self._model("cpu")
+        seen: dict[int, npt.NDArray[Any]] = {}
+        for batch, metadata in self.load_dataset_shard(source.tar_url(shard)):
+            names = _ids_of(metadata, source.id_col, type(self).__name__)
+            wanted = match_ids([*ids], [str(name) for name in names])
+            hits = [(row, place) for row, place in enumerate(wanted) if place >= 0 and row not in seen]
+            if not hits:
+                continue
+            made = as_matrix(model(batch), len(names), type(self).__name__)
+            seen |= {row: made[place] for row, place in hits}
+            if len(seen) == len(ids):
+                break
+        rows = np.array(sorted(seen), np.int64)
+        matrix = np.stack([seen[row] for row in rows]) if len(rows) else np.zeros((0, 0), np.float32)
+        missing = sorted(set(range(len(ids))) - set(seen))
+        errors = {
+            row: f"missing: load_dataset_shard gave no sample with {source.id_col} {ids[row]!r}" for row in missing
+        }
+        return finished(matrix, rows, errors, normalize=self.normalize_embeddings)
+
+    # Final -----------------------------------------------------------------------------------------------------------
+
+    def __call__(self, dataset: ImageTextPairDataset) -> ImageTextPairDataset:
+        """Return the dataset with the embedding (and the classifiers' scores) added, lazily.
+
+        Adds ``image_error`` too, and ``width`` and ``height`` where the dataset has no columns of those names.
+        """
+        embedder = self.prepare(dataset)
+        made = embedder.fingerprint()
+        outputs: dict[str, Any] = {self.image_embedding_column: schema.list_dtype(self.embedding_dtype)}
+        if self.adds_sizes:
+            added = [name for name in (schema.WIDTH, schema.HEIGHT) if _may_add(dataset, name)]
+            outputs |= {name: schema.arrow_dtype("int32") for name in added}
+        outputs[schema.IMAGE_ERROR] = schema.arrow_dtype("string")
+        result = dataset.map_columns(
+            EmbedPartition(embedder, dataset.source, outputs),
+            outputs=outputs,
+            fingerprints=dict.fromkeys(outputs, made),
+            reads_images=True,
+        )
+        for classifier in self.classifiers:
+            result = classifier(result)
+        return result
+
+    def __dask_tokenize__(self) -> tuple[Any, ...]:
+        return ("ImageEmbedder", behaviour_token(self))
+
+    def _model(self, device: str) -> Callable[[Any], Any]:
+        name = f"{type(self).__module__}.{type(self).__qualname__}"
+        spec = ModelSpec(kind=name, name=self.model_name, weights_sha256=behaviour_token(self), dtype="", device=device)
+        return get_model(spec, lambda: self.load_embedding_model(device))
+
+
+class EmbedPartition:
+    """Embeds the rows of a partition, shard by shard."""
+
+    def __init__(self, embedder: ImageEmbedder, source: DatasetSource, outputs: Mapping[str, Any]) -> None:
+        self.embedder = embedder
+        self.source = source
+        self.outputs = dict(outputs)
+
+    def __call__(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Return the embedder's columns for `frame`.
+
+        A shard that cannot be read marks its rows instead of raising, so that the other shards' rows of the
+        partition are not lost with it; saving turns the mark into a failed shard.
+        """
+        index = frame.index
+        vectors: list[FloatMatrix] = []
+        rows: list[npt.NDArray[np.int64]] = []
+        errors: dict[int, str] = {}
+        sizes: dict[str, dict[int, int]] = {schema.WIDTH: {}, schema.HEIGHT: {}}
+        for shard, places in rows_by_shard(frame).items():
+            ids = frame[self.source.id_col].iloc[places].tolist()
+            try:
+                with threads.torch_threads(threads.task_share()):
+                    found = self.embedder.embed_rows(self.source, shard, ids)
+            except ShardError as error:
+                errors |= dict.fromkeys(places.tolist(), f"{schema.SHARD_FAILED}: {error}")
+                continue
+            vectors.append(found.matrix)
+            rows.append(places[found.rows])
+            errors |= {int(places[row]): reason for row, reason in found.errors.items()}
+            sizes[schema.WIDTH] |= {int(places[row]): value for row, value in found.widths.items()}
+            sizes[schema.HEIGHT] |= {int(places[row]): value for row, value in found.heights.items()}
+        columns = {self.embedder.image_embedding_column: self._column(vectors, rows, index)}
+        for name in self.outputs.keys() & sizes.keys():
+            columns[name] = pd.Series([sizes[name].get(row) for row in range(len(index))], index, self.outputs[name])
+        reasons = [errors.get(row) for row in range(len(index))]
+        columns[schema.IMAGE_ERROR] = pd.Series(reasons, index, self.outputs[schema.IMAGE_ERROR])
+        return pd.DataFrame({name: columns[name] for name in self.outputs}, index=index)
+
+    def _column(self, vectors: list[FloatMatrix], rows: list[npt.NDArray[np.int64]], index: pd.Index) -> pd.Series:
+        filled = [(matrix, places) for matrix, places in zip(vectors, rows, strict=True) if len(places)]
+        if not filled:
+            nothing = np.zeros((0, 0), np.float32)
+            return backend.to_column(nothing, index, np.array([], np.int64), self.embedder.embedding_dtype)
+        matrix = np.concatenate([one for one, _ in filled])
+        places = np.concatenate([one for _, one in filled])
+        order = np.argsort(places)
+        return backend.to_column(matrix[order], index, places[order], self.embedder.embedding_dtype)
+
+    def __dask_tokenize__(self) -> tuple[Any, ...]:
+        return ("EmbedPartition", self.embedder.__dask_tokenize__(), self.source.__dask_tokenize__(), str(self.outputs))
+
+
+def finished(
+    matrix: FloatMatrix, rows: npt.NDArray[np.int64], errors: dict[int, str], *, normalize: bool
+) -> ShardEmbeddings:
+    """Return embeddings with those that are zero or not finite taken out, and normalised if asked for."""
+    if not len(rows):
+        return ShardEmbeddings(matrix, rows, errors)
+    norms = np.linalg.norm(matrix.astype(np.float64), axis=1)
+    good = np.isfinite(norms) & ((norms > 0) | (not normalize))
+    for row, norm in zip(rows[~good], norms[~good], strict=True):
+        errors[int(row)] = f"embedding: the model gave a vector of norm {norm}"
+    if normalize:
+        matrix = (matrix[good] / norms[good, None]).astype(matrix.dtype)
+    else:
+        matrix = matrix[good]
+    return ShardEmbeddings(matrix, rows[good], errors)
+
+
+def as_matrix(made: Any, length: int, who: str) -> FloatMatrix:
+    """Return a model's output as a float32 matrix of `length` rows.
+
+    Raises
+    ------
+    ArgumentError
+        If it has another shape.
+    """
+    if hasattr(made, "detach"):
+        made = made.detach().float().cpu().numpy()
+    matrix = np.asarray(made, dtype=np.float32)
+    if matrix.ndim != 2 or len(matrix) != length:
+        raise ArgumentError(f"{who}: the model gave an array of shape {matrix.shape} for a batch of {length} images")
+    return matrix
+
+
+def _ids_of(metadata: Any, id_col: str, who: str) -> list[Any]:
+    """Return the batch's ids from a list of dicts, or from a dict of lists."""
+    try:
+        if isinstance(metadata, Mapping):
+            return list(metadata[id_col])
+        return [one[id_col] for one in metadata]
+    except (KeyError, TypeError) as error:
+        raise ArgumentError(
+            f"{who}.load_dataset_shard: the metadata of a batch must be a list of dicts with the field {id_col!r} "
+            "(id_col)"
+        ) from error
+
+
+def _may_add(dataset: ImageTextPairDataset, name: str) -> bool:
+    """Columns of the sizes' names that came with the data stay as they are; our own are made anew."""
+    return name not in dataset.metadata.columns or name in dataset.provenance
+
+
+def batches(rows: npt.NDArray[np.int64], size: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Cut `rows` into batches of `size`: a function of the rows alone, so that results repeat to the last bit."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]

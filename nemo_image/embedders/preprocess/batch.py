@@ -1,0 +1,181 @@
+"""What every preprocessing path gives, and the threads that they share."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from nemo_image.embedders.preprocess.spec import PreprocessSpec, ResizePlan
+from nemo_image.engine.threads import torch_threads
+from nemo_image.errors import ImageError
+from nemo_image.shards.decode import ImageHeader
+
+
+@dataclass(frozen=True, slots=True)
+class PreprocessedBatch:
+    """Pictures that are ready for a model, and what became of the others.
+
+    Attributes
+    ----------
+    pixels : torch.Tensor
+        [len(rows), 3, crop height, crop width] uint8, before normalising (see `normalize`); or, if `normalized`, what
+        the model's own transform returned.
+    rows : list of int
+        Which of the blobs each picture is, ascending.
+    errors : list of (str or None)
+        For each blob, `ImageError.reason`, or None where the picture is good.
+    widths, heights : list of (int or None)
+        For each blob, the size of the stored picture in pixels; None where there is an error.
+    normalized : bool
+        Whether `pixels` are ready as they are.
+    """
+
+    pixels: torch.Tensor
+    rows: list[int]
+    errors: list[str | None]
+    widths: list[int | None]
+    heights: list[int | None]
+    normalized: bool = False
+
+
+class Preprocessor(Protocol):
+    """Bytes of pictures in, a batch for the model out; safe to call from several threads."""
+
+    @property
+    def spec(self) -> PreprocessSpec | None:
+        """How to normalise what comes out; None if that is done."""
+
+    def __call__(self, blobs: Sequence[bytes | None]) -> PreprocessedBatch:
+        """Decode, resize and crop pictures; None stands for a sample without a picture."""
+        ...
+
+
+def normalize(pixels: torch.Tensor, spec: PreprocessSpec, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Normalise a batch on its own device, with the arithmetic of ``ToTensor`` and ``Normalize``.
+
+    Parameters
+    ----------
+    pixels : torch.Tensor
+        [n, 3, height, width] uint8.
+    spec : PreprocessSpec
+        Its `mean` and `std` are used.
+    dtype : torch.dtype
+        Of the result; computed in float32.
+
+    Returns
+    -------
+    torch.Tensor
+        [n, 3, height, width], contiguous.
+    """
+    mean = torch.tensor(spec.mean, device=pixels.device).view(3, 1, 1)
+    std = torch.tensor(spec.std, device=pixels.device).view(3, 1, 1)
+    values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    return values.div_(255.0).sub_(mean).div_(std).to(dtype)
+
+
+def empty_pixels(count: int, spec: PreprocessSpec, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return [count, 3, crop height, crop width] uint8 to write pictures into, channels last as decoders give them."""
+    shape = (count, 3, *spec.crop)
+    return torch.empty(shape, dtype=torch.uint8, device=device, memory_format=torch.channels_last)
+
+
+def plan_picture(spec: PreprocessSpec, header: ImageHeader, max_pixels: int) -> ResizePlan:
+    """Plan one picture, with the limit on its resized size: a line of 1 x 100,000 pixels would become a billion.
+
+    Raises
+    ------
+    ImageError
+        If the resized picture would have no pixels, or more than `max_pixels`.
+    """
+    width, height = header.upright_size
+    plan = spec.plan(width, height)
+    resized = f"{width} x {height} pixels would be resized to {plan.resize_w} x {plan.resize_h}"
+    if min(plan.resize_w, plan.resize_h) < 1:
+        raise ImageError("unsupported", resized)
+    if plan.resize_w * plan.resize_h > max_pixels:
+        raise ImageError("bomb", f"{resized}, more than max_pixels={max_pixels}")
+    return plan
+
+
+def preprocess_each(
+    blobs: Sequence[bytes | None], preprocess: Callable[[int, bytes], ImageHeader], num_threads: int
+) -> list[ImageHeader | ImageError]:
+    """Call `preprocess` with the row and the bytes of every picture, in threads.
+
+    Returns
+    -------
+    list of ImageHeader or ImageError
+        What it returned or raised, in the blobs' order.
+    """
+    outcomes: list[ImageHeader | ImageError] = [ImageError("missing", "the sample has no picture")] * len(blobs)
+
+    def one(row: int) -> None:
+        blob = blobs[row]
+        if blob is not None:
+            try:
+                outcomes[row] = preprocess(row, blob)
+            except ImageError as error:
+                outcomes[row] = error.with_traceback(None)  # its frames would keep the picture alive
+
+    _for_each_row(one, len(blobs), num_threads)
+    return outcomes
+
+
+def collect(
+    pixels: torch.Tensor, outcomes: Sequence[ImageHeader | ImageError], *, normalized: bool = False
+) -> PreprocessedBatch:
+    """Make a batch of pixels, one picture for every row or for every good row, and of what became of the rows."""
+    rows = [row for row, outcome in enumerate(outcomes) if isinstance(outcome, ImageHeader)]
+    if len(pixels) != len(rows):
+        pixels = pixels[torch.tensor(rows, dtype=torch.long, device=pixels.device)]
+    return PreprocessedBatch(
+        pixels=pixels,
+        rows=rows,
+        errors=[outcome.reason if isinstance(outcome, ImageError) else None for outcome in outcomes],
+        widths=[outcome.width if isinstance(outcome, ImageHeader) else None for outcome in outcomes],
+        heights=[outcome.height if isinstance(outcome, ImageHeader) else None for outcome in outcomes],
+        normalized=normalized,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- threads
+
+_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+_pools_lock = threading.Lock()
+
+
+def _pool(num_threads: int) -> ThreadPoolExecutor:
+    """Return the process's pool of that many threads: one for all preprocessors, and a new one after a fork."""
+    key = (os.getpid(), num_threads)
+    with _pools_lock:
+        if key not in _pools:
+            _pools[key] = ThreadPoolExecutor(num_threads, thread_name_prefix="nemo-image-decode")
+        return _pools[key]
+
+
+def _for_each_row(one: Callable[[int], None], count: int, num_threads: int) -> None:
+    waiting = deque(range(count))  # threads take rows as they get free: pictures differ in size
+
+    def take() -> None:
+        with torch_threads(1):
+            while True:
+                try:
+                    row = waiting.popleft()
+                except IndexError:
+                    return
+                one(row)
+
+    threads = min(num_threads, count)
+    if threads <= 1:
+        take()
+        return
+    pool = _pool(num_threads)
+    for future in [pool.submit(take) for _ in range(threads)]:
+        future.result()

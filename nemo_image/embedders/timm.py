@@ -1,0 +1,334 @@
+"""Embeddings from any timm model."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from nemo_image import schema
+from nemo_image.datasets import ImageTextPairDataset
+from nemo_image.datasets.samples import samples_of_rows
+from nemo_image.datasets.source import DatasetSource
+from nemo_image.embedders import timm_models
+from nemo_image.embedders.autocast import probe_dtype
+from nemo_image.embedders.base import ImageEmbedder, ShardEmbeddings, batches, finished
+from nemo_image.embedders.preprocess import (
+    PreprocessedBatch,
+    Preprocessor,
+    make_preprocessor,
+    normalize,
+    spec_from_transform,
+)
+from nemo_image.engine import threads
+from nemo_image.engine.model_cache import ModelSpec, get_model
+from nemo_image.engine.prefetch import prefetch
+from nemo_image.errors import ArgumentError, WeightsError
+from nemo_image.shards.read import ShardReader
+
+logger = logging.getLogger("nemo_image")
+
+AUTO_BATCH_SIZE = {"cpu": 32, "cuda": 256}
+PROBED_IMAGES = 64
+
+Decoder = Literal["auto", "torchvision", "dali", "pillow"]
+
+
+class TimmImageEmbedder(ImageEmbedder):
+    """Adds embeddings from a `timm <https://github.com/huggingface/pytorch-image-models>`_ model.
+
+    CLIP image towers keep their projection head; other models give their pooled features.
+
+    Parameters
+    ----------
+    model_name : str
+        A timm name, for example ``"vit_large_patch14_clip_quickgelu_224.openai"``.
+    pretrained : bool, default False
+        Take the weights from the hub (or its cache on this machine). With neither this nor `weights` the network is
+        random (seeded, the same on every worker), which suits tests only.
+    weights : str or path, optional
+        A local file of weights: ``.safetensors``, ``.pt`` or ``.pth``.
+    batch_size : int or "auto", default "auto"
+        Images at once: 32 on the CPU, 256 on a GPU by default.
+    num_threads_per_worker : int, default 4
+        Decoding threads of a task at most; the cores are shared out among the tasks of a machine.
+    image_embedding_column : str, default "image_embedding"
+        The column to add.
+    normalize_embeddings : bool, default True
+        Whether to divide each embedding by its L2 norm, as this project's classifiers expect.
+    classifiers : iterable of ImageClassifier
+        Score the embeddings in the same pass.
+    autocast : bool, default True
+        Let a probe on the client choose reduced precision, where that is faster and keeps a cosine of 0.999.
+    use_index_files : bool, default False
+        Read the tars by the ``.idx`` files beside them, where they are right.
+    embedding_dtype : {"float32", "float16"}
+        The precision in which embeddings are kept.
+    decoder : {"auto", "torchvision", "dali", "pillow"}
+        What decodes and resizes: torchvision on the CPU and DALI on a GPU by default. All agree to a cosine of 0.999.
+    """
+
+    adds_sizes = True
+
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        pretrained: bool = False,
+        weights: str | os.PathLike[str] | None = None,
+        batch_size: int | Literal["auto"] = "auto",
+        num_threads_per_worker: int = 4,
+        image_embedding_column: str = schema.IMAGE_EMBEDDING,
+        normalize_embeddings: bool = True,
+        classifiers: Iterable[Callable[[ImageTextPairDataset], ImageTextPairDataset]] = (),
+        autocast: bool = True,
+        use_index_files: bool = False,
+        embedding_dtype: str = "float32",
+        decoder: Decoder = "auto",
+    ) -> None:
+        super().__init__(
+            model_name,
+            image_embedding_column,
+            classifiers,
+            normalize_embeddings=normalize_embeddings,
+            embedding_dtype=embedding_dtype,
+        )
+        self.pretrained = pretrained
+        self.weights = None if weights is None else os.fspath(weights)
+        self.batch_size = batch_size
+        self.num_threads_per_worker = num_threads_per_worker
+        self.autocast = autocast
+        self.use_index_files = use_index_files
+        self.decoder = decoder
+
+    # On the client ---------------------------------------------------------------------------------------------------
+
+    def prepare(self, dataset: ImageTextPairDataset) -> PreparedTimmEmbedder:
+        """Check the arguments and the weights, and settle the number type.
+
+        Raises
+        ------
+        ArgumentError, UnknownModelError, WeightsError
+            Before any task starts.
+        """
+        super().prepare(dataset)
+        self._check_arguments()
+        timm_models.check_name(self.model_name)
+        identity = timm_models.weights_identity(self.model_name, self.pretrained, self.weights)
+        if identity == timm_models.RANDOM_WEIGHTS:
+            logger.warning(
+                "%s has no trained weights (pretrained=False and no weights=): its embeddings are those of a random "
+                "network",
+                self.model_name,
+            )
+        size, transform = timm_models.describe(self.model_name)
+        prepared = PreparedTimmEmbedder(self, identity, size, _transform_record(transform), "float32")
+        prepared.load_checked()
+        if self.autocast:
+            prepared.dtype = prepared.settled_dtype(dataset)
+        return prepared
+
+    def _check_arguments(self) -> None:
+        if self.batch_size != "auto" and (not isinstance(self.batch_size, int) or self.batch_size < 1):
+            raise ArgumentError(f"batch_size must be 'auto' or at least 1, not {self.batch_size!r}")
+        if self.num_threads_per_worker < 1:
+            raise ArgumentError(f"num_threads_per_worker must be at least 1, not {self.num_threads_per_worker}")
+        if self.pretrained and self.weights is not None:
+            raise ArgumentError("give weights=<a file> or pretrained=True, not both")
+        if self.decoder not in ("auto", "torchvision", "dali", "pillow"):
+            raise ArgumentError(f"decoder must be 'auto', 'torchvision', 'dali' or 'pillow', not {self.decoder!r}")
+        if self.weights is not None and not os.path.isfile(self.weights):
+            raise WeightsError(f"weights={self.weights!r}: no such file")
+
+    # For those who build on it ---------------------------------------------------------------------------------------
+
+    def load_embedding_model(self, device: str) -> Callable[[Any], Any]:
+        """Return the timm model on `device`: normalised pixels (n, 3, height, width) to embeddings (n, size)."""
+        model = timm_models.create_model(self.model_name, self.pretrained, self.weights).to(device)
+        forward: Callable[[Any], Any] = model
+        return forward
+
+    def load_dataset_shard(self, tar_path: str) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
+        """Yield the pictures of a tar, decoded and prepared for the model, with their keys.
+
+        Yields
+        ------
+        batch : tensor of float32, shape (n, 3, height, width)
+        metadata : list of dict
+            ``key`` of each picture. Pictures that cannot be decoded are left out.
+        """
+        prepare = self.preprocessor("cpu", self.num_threads_per_worker)
+        with ShardReader(tar_path, use_index_file=self.use_index_files) as reader:
+            samples = [sample for sample in reader.index.samples if sample.image is not None]
+            for rows in batches(np.arange(len(samples)), self.batch_of("cpu")):
+                blobs = list(reader.read_many([samples[row].image for row in rows]))
+                batch = prepare(blobs)
+                yield normalized(prepare, batch, "cpu"), [{"key": samples[rows[place]].key} for place in batch.rows]
+
+    def preprocessor(self, device: str, num_threads: int) -> Preprocessor:
+        """Return what turns bytes into the model's input."""
+        _, transform = timm_models.describe(self.model_name)
+        decoder = self.decoder
+        if decoder == "auto":
+            decoder = "torchvision" if device == "cpu" else "dali"
+        where: Literal["cpu", "gpu"] = "gpu" if decoder == "dali" and device != "cpu" else "cpu"
+        return make_preprocessor(transform, decoder=decoder, device=where, num_threads=num_threads)
+
+    def batch_of(self, device: str) -> int:
+        """Return the number of images at once on a device."""
+        return AUTO_BATCH_SIZE[device.split(":", maxsplit=1)[0]] if self.batch_size == "auto" else self.batch_size
+
+
+class PreparedTimmEmbedder(TimmImageEmbedder):
+    """A timm embedder with all that the client settles: what the tasks carry."""
+
+    def __init__(
+        self, settings: TimmImageEmbedder, identity: str, size: int, preprocessing: Mapping[str, Any], dtype: str
+    ) -> None:
+        self.__dict__.update(settings.__dict__)
+        self.classifiers = ()
+        self.identity = identity
+        self.size = size
+        self.preprocessing = dict(preprocessing)
+        self.dtype = dtype
+        self.device = "cpu"
+
+    def prepare(self, dataset: ImageTextPairDataset) -> PreparedTimmEmbedder:
+        """Return itself."""
+        return self
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what makes the embeddings. The decoder is no part of it: all of them keep the same promise."""
+        return {
+            "operator": "TimmImageEmbedder",
+            "model": self.model_name,
+            "weights_sha256": self.identity,
+            "preprocessing": self.preprocessing,
+            "dtype": self.dtype,
+            "normalized": self.normalize_embeddings,
+            "embedding_dtype": self.embedding_dtype,
+            "embedding_size": self.size,
+        }
+
+    def load_checked(self) -> Any:
+        """Return this process's copy of the model, loaded on first use.
+
+        Raises
+        ------
+        WeightsError
+            If the weights on this machine are not those that the client saw.
+        """
+        spec = ModelSpec(
+            kind="timm", name=self.model_name, weights_sha256=self.identity, dtype="float32", device=self.device
+        )
+        return get_model(spec, self._load)
+
+    def _load(self) -> Any:
+        if self.weights is not None:
+            found = timm_models.weights_identity(self.model_name, self.pretrained, self.weights)
+            if found != self.identity:
+                raise WeightsError(
+                    f"{self.weights} on this machine has SHA-256 {found}, the client's has {self.identity}"
+                )
+        return self.load_embedding_model(self.device)
+
+    def settled_dtype(self, dataset: ImageTextPairDataset) -> str:
+        """Return the number type: the one that finished rows were made with, or what a probe finds."""
+        before = dataset.provenance.get(self.image_embedding_column)
+        if before is not None and {**before, "dtype": self.dtype} == self.fingerprint():
+            return str(before["dtype"])
+        pixels = self._probe_pixels(dataset)
+        return probe_dtype(self._forward_as, pixels, self.device)
+
+    def _probe_pixels(self, dataset: ImageTextPairDataset) -> Any:
+        """Prepare the first pictures of the first shard that has any; none where there is no such shard."""
+        import torch
+
+        prepare = self.preprocessor(self.device, self.num_threads_per_worker)
+        for shard in dataset.shards[:3]:
+            with ShardReader(dataset.source.tar_url(shard), dataset.source.storage_options) as reader:
+                images = [sample.image for sample in reader.index.samples if sample.image is not None][:PROBED_IMAGES]
+                batch = prepare(list(reader.read_many(images)))
+            if batch.rows:
+                return normalized(prepare, batch, self.device)
+        return torch.empty(0)
+
+    # In a task -------------------------------------------------------------------------------------------------------
+
+    def embed_rows(self, source: DatasetSource, shard: str, ids: Sequence[Any]) -> ShardEmbeddings:
+        """Embed the rows of one shard that have the ids given, in the order in which their images lie in the tar."""
+        reader = ShardReader(source.tar_url(shard), source.storage_options, use_index_file=self.use_index_files)
+        with reader:
+            images, errors = samples_of_rows(reader, source, shard, ids)
+            rows = np.array(sorted(images, key=lambda row: images[row].offset), np.int64)
+            found = ShardEmbeddings(np.zeros((0, self.size), np.float32), np.array([], np.int64), errors)
+            vectors: list[npt.NDArray[Any]] = []
+            places: list[npt.NDArray[np.int64]] = []
+            self.load_checked()
+            decode_threads = max(1, min(self.num_threads_per_worker, threads.task_share()))
+            prepare = self.preprocessor(self.device, decode_threads)
+            for batch_rows, batch in prefetch(self._prepared(prepare, reader, images, rows)):
+                _note(found, batch_rows, batch)
+                if batch.rows:
+                    vectors.append(self._embed(normalized(prepare, batch, self.device)))
+                    places.append(batch_rows[batch.rows])
+        if vectors:
+            order = np.argsort(np.concatenate(places))
+            found.matrix, found.rows = np.concatenate(vectors)[order], np.concatenate(places)[order]
+        done = finished(found.matrix, found.rows, found.errors, normalize=self.normalize_embeddings)
+        done.widths, done.heights = found.widths, found.heights
+        return done
+
+    def _prepared(
+        self, prepare: Preprocessor, reader: ShardReader, images: Mapping[int, Any], rows: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[npt.NDArray[np.int64], PreprocessedBatch]]:
+        for batch_rows in batches(rows, self.batch_of(self.device)):
+            yield batch_rows, prepare(list(reader.read_many([images[int(row)] for row in batch_rows])))
+
+    def _embed(self, pixels: Any) -> npt.NDArray[Any]:
+        """Run the model; a batch that does not fit the GPU's memory is halved and tried again."""
+        import torch
+
+        try:
+            result: npt.NDArray[Any] = self._forward_as(pixels, self.dtype).cpu().numpy()
+        except torch.cuda.OutOfMemoryError:
+            if len(pixels) == 1:
+                raise
+            torch.cuda.empty_cache()
+            half = len(pixels) // 2
+            logger.warning("out of GPU memory with %d images at once: trying %d", len(pixels), half)
+            return np.concatenate([self._embed(pixels[:half]), self._embed(pixels[half:])])
+        return result
+
+    def _forward_as(self, pixels: Any, dtype: str) -> Any:
+        import torch
+
+        model = self.load_checked()
+        kind = self.device.split(":")[0]
+        with torch.inference_mode(), torch.autocast(kind, getattr(torch, dtype), enabled=dtype != "float32"):
+            return model(pixels).float()
+
+
+def _transform_record(transform: Any) -> dict[str, Any]:
+    spec = spec_from_transform(transform)
+    return {"transform": repr(transform)} if spec is None else dict(spec.to_dict())
+
+
+def normalized(prepare: Preprocessor, batch: PreprocessedBatch, device: str) -> Any:
+    """Return a batch as the model takes it, on its device."""
+    pixels = batch.pixels.to(device)
+    return pixels if batch.normalized or prepare.spec is None else normalize(pixels, prepare.spec)
+
+
+def _note(found: ShardEmbeddings, rows: npt.NDArray[np.int64], batch: PreprocessedBatch) -> None:
+    """Keep what the decoder said of each picture of a batch."""
+    for place, row in enumerate(rows.tolist()):
+        reason, width, height = batch.errors[place], batch.widths[place], batch.heights[place]
+        if reason is not None:
+            found.errors[row] = reason
+        if width is not None and height is not None:
+            found.widths[row], found.heights[row] = width, height

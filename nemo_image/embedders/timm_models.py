@@ -1,0 +1,179 @@
+"""timm models as embedding models: which head stays, where the weights come from."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_image.engine.weights import load_state_dict, sha256_file
+from nemo_image.errors import MissingDependencyError, UnknownModelError, WeightsError
+
+RANDOM_SEED = 0
+RANDOM_WEIGHTS = f"random weights, seed {RANDOM_SEED}"
+
+_random_lock = threading.Lock()
+
+
+def import_timm() -> Any:
+    """Return the timm module.
+
+    Raises
+    ------
+    MissingDependencyError
+        If it is not installed.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"timm cannot be imported ({error}): pip install 'nemo-image[image_cpu]', or [image_cuda12] on a GPU "
+            "machine"
+        ) from error
+    return timm
+
+
+def check_name(name: str) -> None:
+    """Raise if timm knows no model of that name.
+
+    Raises
+    ------
+    UnknownModelError
+        With names that are like it.
+    """
+    timm = import_timm()
+    if not isinstance(name, str) or not name:
+        raise UnknownModelError(f"model_name must be a timm model's name, not {name!r}")
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
+        hint = f": did you mean {' or '.join(near)}?" if near else ": timm.list_models('*clip*') lists what there is"
+        raise UnknownModelError(f"timm has no model {name!r}{hint}")
+    if tag and timm.get_pretrained_cfg(name, allow_unregistered=False) is None:
+        raise UnknownModelError(
+            f"timm's {architecture} has no pretrained tag {tag!r}: {', '.join(_tags(architecture))}"
+        )
+
+
+def _tags(architecture: str) -> list[str]:
+    timm = import_timm()
+    names = timm.list_models(architecture + ".*", pretrained=True)
+    return [name.partition(".")[2] for name in names] or ["it has none"]
+
+
+def keeps_head(name: str) -> bool:
+    """Tell whether a model is a CLIP image tower, whose projection head belongs to the embedding.
+
+    CLIP towers that were fine-tuned on labels (tags with ``_ft_``) have a classifier there instead.
+    """
+    timm = import_timm()
+    cfg = timm.get_pretrained_cfg(name)
+    tag = (getattr(cfg, "tag", "") or "") if cfg is not None else ""
+    architecture = name.partition(".")[0]
+    return "clip" in f"{architecture}.{tag}" and "_ft_" not in f"{tag}_" and bool(getattr(cfg, "num_classes", 0))
+
+
+def weights_identity(name: str, pretrained: bool, weights: str | None) -> str:
+    """Return the SHA-256 of a model's weights, fetching them on this machine if need be.
+
+    Raises
+    ------
+    WeightsError
+        If they cannot be had.
+    """
+    if weights is not None:
+        return sha256_file(weights)
+    if not pretrained:
+        return RANDOM_WEIGHTS
+    return state_sha256(create_model(name, pretrained=True, weights=None).state_dict())
+
+
+def create_model(name: str, pretrained: bool, weights: str | None) -> Any:
+    """Build a model that gives embeddings, in evaluation mode, on the CPU in float32.
+
+    Raises
+    ------
+    WeightsError
+        If the weights cannot be had, or are another model's.
+    """
+    timm = import_timm()
+    head: dict[str, Any] = {} if keeps_head(name) else {"num_classes": 0}
+    if weights is not None:
+        return _from_file(timm, name, weights, head).eval()
+    if pretrained:
+        return _from_hub(timm, name, head).eval()
+    import torch
+
+    # The generator is the process's: two threads that seed it at once would get weights that nobody asked for.
+    with _random_lock, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_SEED)
+        return timm.create_model(name, pretrained=False, **head).eval()
+
+
+def _from_file(timm: Any, name: str, weights: str, head: Mapping[str, Any]) -> Any:
+    # Read by us (never unpickled), then through timm's own path: it converts OpenAI's and open_clip's layouts.
+    state = load_state_dict(weights)
+    overlay = {"state_dict": state, "source": "timm", "custom_load": False}
+    try:
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **head)
+    except (RuntimeError, KeyError, AssertionError, ValueError) as error:
+        text = " ".join(str(error).split())
+        raise WeightsError(f"{weights} does not hold weights of {name}: {text[:400]}") from error
+
+
+def _from_hub(timm: Any, name: str, head: Mapping[str, Any]) -> Any:
+    try:
+        return timm.create_model(name, pretrained=True, **head)
+    except Exception as error:
+        # Hub clients raise errors of many libraries when there is no network.
+        first = (str(error).splitlines() or [""])[0]
+        raise WeightsError(
+            f"the pretrained weights of {name} cannot be had ({type(error).__name__}: {first}). Without a network, "
+            "give "
+            f"weights=<a local file>, or bring the hub's cache to {_hub_cache()}"
+        ) from error
+
+
+def _hub_cache() -> str:
+    try:
+        from huggingface_hub.constants import HF_HUB_CACHE
+    except ImportError:
+        return "~/.cache/huggingface/hub"
+    return str(HF_HUB_CACHE)
+
+
+def evaluation_transform(model: Any) -> Any:
+    """Return the transform that timm's own evaluation uses for a model (a torchvision Compose)."""
+    timm = import_timm()
+    config = timm.data.resolve_model_data_config(model)
+    return timm.data.create_transform(**config, is_training=False)
+
+
+@functools.lru_cache(maxsize=32)
+def describe(name: str) -> tuple[int, Any]:
+    """Return a model's embedding size in numbers and its evaluation transform, without its weights."""
+    import torch
+
+    timm = import_timm()
+    head: dict[str, Any] = {} if keeps_head(name) else {"num_classes": 0}
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False, **head).eval()
+    config = timm.data.resolve_model_data_config(model)
+    with torch.inference_mode():
+        size = int(model(torch.empty(1, *config["input_size"], device="meta")).shape[-1])
+    return size, evaluation_transform(model)
+
+
+def state_sha256(state: Mapping[str, Any]) -> str:
+    """Return one hash of a model's weights, whatever file they came from."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()

@@ -1,0 +1,73 @@
+"""Share the machine's cores between the tasks that run at the same time.
+
+Dask, torch and the decoders each start one thread a core by default, and their product is what makes a busy CPU slow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+import threading
+from collections.abc import Iterator
+
+_local_share: contextvars.ContextVar[int | None] = contextvars.ContextVar("nemo_image_threads", default=None)
+
+
+def cpu_count() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def task_share() -> int:
+    """Return how many threads the present task may keep busy, at least 1.
+
+    A task on a Dask worker may use one core for each thread that its worker was given, divided by those threads: one.
+    A task of our own local runner gets what the runner said; anything else (a plain ``compute()``) one core, or all
+    of them on the main thread, where nothing else runs.
+    """
+    share = _local_share.get()
+    if share is not None:
+        return share
+    worker_threads = _worker_threads()
+    if worker_threads is not None:
+        cores = int(os.environ.get("NEMO_IMAGE_CPUS_PER_WORKER", worker_threads))
+        return max(1, cores // worker_threads)
+    return cpu_count() if threading.current_thread() is threading.main_thread() else 1
+
+
+@contextlib.contextmanager
+def local_share(threads: int) -> Iterator[None]:
+    """Say how many threads the tasks of this context may keep busy."""
+    token = _local_share.set(threads)
+    try:
+        yield
+    finally:
+        _local_share.reset(token)
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch use `count` threads for the operations of this task.
+
+    torch keeps the number for each thread that calls it, so it must be set in the task itself.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    if before != count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if before != count:
+            torch.set_num_threads(before)
+
+
+def _worker_threads() -> int | None:
+    try:
+        from distributed import get_worker
+
+        return int(get_worker().state.nthreads)
+    except (ImportError, ValueError, AttributeError):
+        return None

@@ -1,0 +1,85 @@
+"""Tokens of operators that users write, also in notebooks.
+
+Dask's own tokens pickle an object with its class; a class that refers to a lock, an open file or a client cannot be
+pickled by value, and would then get a new token each time, or none.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import os
+import textwrap
+from types import CodeType
+from typing import Any
+
+PLAIN = (str, int, float, bool, bytes, type(None))
+DEEPEST = 8
+
+
+def behaviour_token(operator: Any) -> str:
+    """Return a token of an operator: its class, the code that the user wrote for it, and its values.
+
+    Equal for equal operators in every process; another one when a notebook defines the class anew with other code.
+    Classes of nemo_image itself count by name, so that a new version of the library does not undo finished work.
+    """
+    parts = [_class_text(owner) for owner in type(operator).__mro__[:-1]]
+    parts.append(_value_text(getattr(operator, "__dict__", {}), 0))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _class_text(owner: type) -> str:
+    name = f"{owner.__module__}.{owner.__qualname__}"
+    if owner.__module__.split(".")[0] == "nemo_image":
+        return name
+    try:
+        # Parsed and written again: comments and layout do not count.
+        return f"{name}:{ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(owner))))}"
+    except (OSError, TypeError, SyntaxError):
+        return f"{name}:{_bytecode(owner)}"
+
+
+def _bytecode(owner: type) -> str:
+    parts = []
+    for name, member in sorted(vars(owner).items()):
+        code = getattr(getattr(member, "__func__", member), "__code__", None)
+        if code is not None:
+            parts.append(f"{name}={_code_text(code)}")
+    return ";".join(parts)
+
+
+def _code_text(code: CodeType) -> str:
+    constants = [_code_text(one) if isinstance(one, CodeType) else _value_text(one, 0) for one in code.co_consts]
+    return f"{code.co_code.hex()}/{code.co_names}/{constants}"
+
+
+def _value_text(value: Any, depth: int) -> str:
+    if isinstance(value, PLAIN):
+        return repr(value)
+    if depth > DEEPEST:
+        return "…"
+    if isinstance(value, dict):
+        items = sorted((str(key), _value_text(one, depth + 1)) for key, one in value.items())
+        return "{" + ",".join(f"{key}:{one}" for key, one in items) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_value_text(one, depth + 1) for one in value) + "]"
+    if isinstance(value, set | frozenset):
+        return "{" + ",".join(sorted(_value_text(one, depth + 1) for one in value)) + "}"
+    if hasattr(value, "__dask_tokenize__"):
+        return repr(value.__dask_tokenize__())
+    return _object_text(value, depth)
+
+
+def _object_text(value: Any, depth: int) -> str:
+    if isinstance(value, os.PathLike):
+        return repr(os.fspath(value))
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().numpy()
+    if hasattr(value, "tobytes") and hasattr(value, "dtype"):
+        return f"{value.dtype}{getattr(value, 'shape', ())}:{hashlib.sha256(value.tobytes()).hexdigest()}"
+    if callable(value) and hasattr(value, "__code__"):
+        return _code_text(value.__code__)
+    # A lock, say, has no values: it counts by its type.
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    return f"<{name} {_value_text(getattr(value, '__dict__', {}), depth + 1)}>"

@@ -1,0 +1,1 @@
+"""Pack samples of many tars into new, full shards."""

@@ -1,0 +1,37 @@
+"""Give a sample's members and its JSON their new id."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from nemo_image.schema import KEY
+
+
+def renamed(name: str, extension: str, new_key: str) -> str:
+    """Return a member's name under a new key; the extension keeps its case."""
+    return f"{new_key}.{name[len(name) - len(extension) :]}"
+
+
+def rewritten_json(data: bytes, fields: dict[str, Any], old_key: str, new_key: str) -> bytes | None:
+    """Return a sample's JSON with its id fields replaced; None where it is no JSON object.
+
+    Parameters
+    ----------
+    data : bytes
+        The member as it is.
+    fields : dict
+        Fields to set: the id, and the one that keeps the old id.
+    old_key, new_key : str
+        A field ``key`` that says the old key gets the new one.
+    """
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict):
+        return None
+    if str(values.get(KEY)) == old_key:
+        values[KEY] = new_key
+    values |= fields
+    return json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogatepass")

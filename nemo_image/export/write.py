@@ -1,0 +1,223 @@
+"""Write one output shard: its tar, its index, then its Parquet file, each atomically."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from nemo_image import schema
+from nemo_image.engine.ledger import ShardRecord
+from nemo_image.errors import ArgumentError, DatasetError
+from nemo_image.export.rewrite import renamed, rewritten_json
+from nemo_image.shards import files, parquet
+from nemo_image.shards.idx_file import write_idx
+from nemo_image.shards.index import Sample
+from nemo_image.shards.read import ShardReader
+from nemo_image.shards.write import TarWriter
+
+logger = logging.getLogger("nemo_image")
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What every output shard shares.
+
+    Attributes
+    ----------
+    root : str
+        The output folder.
+    id_col : str
+    old_id_col : str or None
+    keep_ids : bool
+    token : str
+        Names the export; a finished file of the same token is left as it is.
+    arrow_schema : pyarrow.Schema
+        The output's columns.
+    storage_options : dict
+    """
+
+    root: str
+    id_col: str
+    old_id_col: str | None
+    keep_ids: bool
+    token: str
+    arrow_schema: pa.Schema
+    footer_columns: Mapping[str, Mapping[str, Any]]
+    storage_options: Mapping[str, Any]
+
+
+@dataclass
+class Taken:
+    """Samples taken from one source shard, with their rows, in the same order.
+
+    Attributes
+    ----------
+    tar_url : str
+    samples : list of Sample
+    rows : pyarrow.Table
+    places : ndarray of int64
+        Their places in the output shard.
+    """
+
+    tar_url: str
+    samples: Sequence[Sample]
+    rows: pa.Table
+    places: Any
+
+
+def is_written(settings: ExportSettings, shard: str) -> parquet.FileSummary | None:
+    """Return what the output shard's Parquet file says if the shard was finished by this same export."""
+    summary = parquet.summary_or_none(files.join(settings.root, shard + ".parquet"), settings.storage_options)
+    if summary is None or summary.footer is None or summary.footer.plan != settings.token:
+        return None
+    fs, path = files.open_fs(files.join(settings.root, shard + ".tar"), settings.storage_options)
+    # The Parquet file is written last: where it is, the tar is whole.
+    return summary if fs.exists(path) else None
+
+
+def write_output(
+    settings: ExportSettings, shard: str, new_ids: Callable[[int], str], taken: Sequence[Taken]
+) -> ShardRecord:
+    """Write an output shard from what was taken for it.
+
+    Raises
+    ------
+    DatasetError
+        If two samples would have the same key (with `keep_ids`).
+    """
+    record = ShardRecord(shard=shard)
+    order = _in_order(taken)
+    keys = [sample.key if settings.keep_ids else new_ids(place) for place, (_, sample, _) in enumerate(order)]
+    _require_unique(keys, shard)
+    tar_url = files.join(settings.root, shard + ".tar")
+    ids = [one.rows[settings.id_col].to_pylist() for one in taken]
+    old_ids = [ids[part][row] for part, _, row in order]
+    odd_json = 0
+    with files.atomic_writer(tar_url, settings.storage_options) as out, _Readers(settings.storage_options) as readers:
+        writer = TarWriter(out)
+        for (part, sample, _), key, old_id in zip(order, keys, old_ids, strict=True):
+            odd_json += _copy(settings, writer, readers.of(taken[part].tar_url), sample, key, old_id)
+        writer.close()
+        index = writer.index()
+    try:
+        write_idx(index, files.join(settings.root, shard + ".idx"), settings.storage_options)
+    except ArgumentError as error:
+        record.notes.append(f"no .idx: {error}")
+    if odd_json:
+        record.notes.append(f"{odd_json} JSON members are no JSON objects: copied as they are, without the new id")
+    table = _rows_of(settings, shard, taken, keys, old_ids)
+    record.rows_in = record.samples = len(order)
+    record.rows_out = len(table)
+    footer = parquet.Footer(
+        columns=settings.footer_columns,
+        pending=dict.fromkeys(settings.footer_columns, 0),
+        source=files.identify(tar_url, settings.storage_options).to_dict(),
+        plan=settings.token,
+        record={name: value for name, value in record.to_dict().items() if name not in ("seconds", "error", "status")},
+    )
+    url = files.join(settings.root, shard + ".parquet")
+    record.rows_out = parquet.write_table(url, table, footer, settings.storage_options)
+    record.balance()
+    return record
+
+
+def _in_order(taken: Sequence[Taken]) -> list[tuple[int, Sample, int]]:
+    """Return (part, sample, row of the part) for each place of the output shard."""
+    size = sum(len(one.samples) for one in taken)
+    order: list[tuple[int, Sample, int] | None] = [None] * size
+    for part, one in enumerate(taken):
+        for row, (sample, place) in enumerate(zip(one.samples, one.places, strict=True)):
+            order[int(place)] = (part, sample, row)
+    return [one for one in order if one is not None]
+
+
+def _require_unique(keys: Sequence[str], shard: str) -> None:
+    seen: set[str] = set()
+    for key in keys:
+        if key in seen:
+            raise DatasetError(
+                f"output shard {shard} would hold two samples with the key {key!r}: ids repeat across input shards, "
+                "so export "
+                "them without keep_ids (old_id_col keeps the old ids)"
+            )
+        seen.add(key)
+
+
+def _copy(
+    settings: ExportSettings, writer: TarWriter, reader: ShardReader, sample: Sample, key: str, old_id: Any
+) -> int:
+    """Copy a sample's members under its new key; return how many JSON members could not carry it."""
+    odd = 0
+    fields: dict[str, Any] = {settings.id_col: key}
+    if settings.old_id_col is not None:
+        fields[settings.old_id_col] = old_id
+    for member in sample.members:
+        name = member.name if settings.keep_ids else renamed(member.name, member.extension, key)
+        if member.extension == "json" and not settings.keep_ids:
+            data = reader.read(member)
+            changed = rewritten_json(data, fields, sample.key, key)
+            odd += changed is None
+            writer.add(name, data if changed is None else changed)
+        else:
+            writer.add_from(name, member.size, reader.read_chunks(member))
+    return odd
+
+
+def _rows_of(
+    settings: ExportSettings, shard: str, taken: Sequence[Taken], keys: Sequence[str], old_ids: Sequence[Any]
+) -> pa.Table:
+    rows = pa.concat_tables([one.rows for one in taken])
+    places = np.concatenate([np.asarray(one.places) for one in taken])
+    rows = rows.take(pa.array(np.argsort(places, kind="stable")))
+    id_type = settings.arrow_schema.field(settings.id_col).type
+    if not settings.keep_ids:
+        old_keys = rows[schema.KEY].to_pylist() if schema.KEY in rows.column_names else []
+        rows = _put(rows, settings.id_col, pa.array(list(keys), id_type))
+        if settings.old_id_col is not None:
+            kind = settings.arrow_schema.field(settings.old_id_col).type
+            rows = _put(rows, settings.old_id_col, pa.array(list(old_ids)).cast(kind))
+        if old_keys and settings.id_col != schema.KEY:
+            rows = _put(rows, schema.KEY, pa.array(list(keys), pa.string()))
+    rows = _put(rows, schema.SHARD, pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(rows), np.int32)), [shard]))
+    return rows.select(settings.arrow_schema.names).cast(settings.arrow_schema)
+
+
+def _put(rows: pa.Table, name: str, column: pa.Array) -> pa.Table:
+    number = rows.schema.get_field_index(name)
+    return rows.append_column(name, column) if number < 0 else rows.set_column(number, name, column)
+
+
+class _Readers:
+    """Open tars, the last few used."""
+
+    AT_MOST = 64
+
+    def __init__(self, storage_options: Mapping[str, Any]) -> None:
+        self._storage_options = dict(storage_options)
+        self._open: dict[str, ShardReader] = {}
+
+    def of(self, tar_url: str) -> ShardReader:
+        reader = self._open.pop(tar_url, None)
+        if reader is None:
+            if len(self._open) >= self.AT_MOST:
+                oldest = next(iter(self._open))
+                self._open.pop(oldest).__exit__(None, None, None)
+            reader = ShardReader(tar_url, self._storage_options).__enter__()
+        self._open[tar_url] = reader
+        return reader
+
+    def __enter__(self) -> _Readers:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for reader in self._iterate():
+            reader.__exit__(None, None, None)
+
+    def _iterate(self) -> Iterator[ShardReader]:
+        while self._open:
+            yield self._open.popitem()[1]

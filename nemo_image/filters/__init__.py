@@ -1,0 +1,5 @@
+"""Filters: expressions over a dataset's columns."""
+
+from nemo_image.filters.expression import KeepExpression, keep
+
+__all__ = ["KeepExpression", "keep"]

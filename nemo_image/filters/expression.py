@@ -1,0 +1,235 @@
+"""Boolean expressions over columns, such as ``aesthetic_score > 5 and nsfw_score < 0.5``.
+
+The text is parsed as a Python expression and walked by a short list of allowed nodes; nothing of it is ever executed.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+
+from nemo_image import schema
+from nemo_image.datasets import ImageTextPairDataset
+from nemo_image.errors import ArgumentError, MissingColumnError
+
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+}
+_ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+_FUNCTIONS: dict[str, tuple[int, Callable[..., Any]]] = {
+    "abs": (1, abs),
+    "len": (1, lambda column: column.str.len()),
+    "lower": (1, lambda column: column.str.lower()),
+    "contains": (2, lambda column, text: column.str.contains(text, regex=False)),
+    "startswith": (2, lambda column, text: column.str.startswith(text)),
+}
+
+ALLOWED = "columns, numbers, 'text', comparisons, in [..], is None, and, or, not, + - * /, " + ", ".join(
+    sorted(_FUNCTIONS)
+)
+
+
+class KeepExpression:
+    """A parsed expression that tells which rows to keep.
+
+    Parameters
+    ----------
+    text : str
+        For example ``"aesthetic_score > 5 and nsfw_score < 0.5 and len(caption) >= 10"``. A comparison with a null is
+        null, and a row whose result is null is not kept.
+
+    Attributes
+    ----------
+    columns : list of str
+        The columns that it names.
+
+    Raises
+    ------
+    ArgumentError
+        If the text is no expression, or uses more than is allowed.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text.strip()
+        try:
+            self._body = ast.parse(self.text, mode="eval").body
+        except (SyntaxError, ValueError, RecursionError) as error:
+            raise ArgumentError(
+                f"{text!r} is not an expression ({error}); write for example 'aesthetic_score > 5'"
+            ) from error
+        names: dict[str, None] = {}
+        self._check(self._body, names)
+        self.columns = list(names)
+        if not self.columns:
+            raise ArgumentError(f"{text!r} names no column")
+
+    def __call__(self, frame: pd.DataFrame) -> pd.Series:
+        """Return a boolean column without nulls: whether each row of `frame` is kept."""
+        result = self._value(self._body, frame)
+        if not isinstance(result, pd.Series) or not pd.api.types.is_bool_dtype(result.dtype):
+            raise ArgumentError(f"{self.text!r} is not true or false: compare the column with something")
+        return result.fillna(False).astype(schema.arrow_dtype("bool"))
+
+    def require_columns(self, present: list[str]) -> None:
+        """Raise if the expression names a column that is not there.
+
+        Raises
+        ------
+        MissingColumnError
+            Naming the column and those that are there.
+        """
+        missing = [name for name in self.columns if name not in present]
+        if missing:
+            raise MissingColumnError(
+                f"the expression {self.text!r} names column {missing[0]!r}, which is not there; there are "
+                f"{', '.join(present)}"
+            )
+
+    def __dask_tokenize__(self) -> tuple[str, str]:
+        return ("KeepExpression", self.text)
+
+    def _check(self, node: ast.expr, names: dict[str, None]) -> None:
+        match node:
+            case ast.Name(id=name):
+                names[name] = None
+            case ast.Constant(value=str() | int() | float() | bool() | None):
+                pass
+            case ast.BoolOp(values=values) | ast.List(elts=values) | ast.Tuple(elts=values):
+                for value in values:
+                    self._check(value, names)
+            case ast.UnaryOp(op=ast.Not() | ast.USub(), operand=operand):
+                self._check(operand, names)
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
+                self._check(left, names)
+                self._check(right, names)
+            case ast.Compare(left=left, ops=ops, comparators=comparators):
+                self._check_comparison(left, ops, comparators, names)
+            case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
+                if len(args) != _FUNCTIONS[name][0]:
+                    raise ArgumentError(f"{self.text!r}: {name}() takes {_FUNCTIONS[name][0]} arguments")
+                for value in args:
+                    self._check(value, names)
+            case _:
+                raise ArgumentError(f"{self.text!r}: {ast.unparse(node)!r} is not allowed here. Allowed: {ALLOWED}")
+
+    def _check_comparison(
+        self, left: ast.expr, ops: list[ast.cmpop], comparators: list[ast.expr], names: dict[str, None]
+    ) -> None:
+        self._check(left, names)
+        for op, right in zip(ops, comparators, strict=True):
+            self._check(right, names)
+            if isinstance(op, ast.Is | ast.IsNot) and not (isinstance(right, ast.Constant) and right.value is None):
+                raise ArgumentError(f"{self.text!r}: 'is' goes with None alone; compare with ==")
+            if isinstance(op, ast.In | ast.NotIn) and not isinstance(right, ast.List | ast.Tuple):
+                raise ArgumentError(f"{self.text!r}: 'in' needs a list, as in shard in ['00000', '00001']")
+
+    def _value(self, node: ast.expr, frame: pd.DataFrame) -> Any:
+        match node:
+            case ast.Name(id=name):
+                return frame[name]
+            case ast.Constant(value=value):
+                return value
+            case ast.List(elts=values) | ast.Tuple(elts=values):
+                return [self._value(value, frame) for value in values]
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return -self._value(operand, frame)
+            case ast.UnaryOp(operand=operand):
+                return ~self._truth(operand, frame)
+            case ast.BoolOp(op=op, values=values):
+                return self._joined(op, [self._truth(value, frame) for value in values])
+            case ast.BinOp(left=left, op=op, right=right):
+                return _ARITHMETIC[type(op)](self._value(left, frame), self._value(right, frame))
+            case ast.Compare(left=left, ops=ops, comparators=comparators):
+                return self._compared(left, ops, comparators, frame)
+            case ast.Call(func=ast.Name(id=name), args=args):
+                return self._called(name, [self._value(value, frame) for value in args])
+        raise AssertionError(f"unchecked node {ast.dump(node)}")
+
+    def _truth(self, node: ast.expr, frame: pd.DataFrame) -> pd.Series:
+        """Return a nullable boolean column, so that a null stays a null under `not`."""
+        value = self._value(node, frame)
+        if not isinstance(value, pd.Series) or not pd.api.types.is_bool_dtype(value.dtype):
+            raise ArgumentError(f"{self.text!r}: {ast.unparse(node)!r} is not true or false")
+        return value.astype(schema.arrow_dtype("bool"))
+
+    def _joined(self, op: ast.boolop, values: list[pd.Series]) -> pd.Series:
+        result = values[0]
+        for value in values[1:]:
+            result = result & value if isinstance(op, ast.And) else result | value
+        return result
+
+    def _compared(self, left: ast.expr, ops: list[ast.cmpop], comparators: list[ast.expr], frame: pd.DataFrame) -> Any:
+        parts = []
+        before = self._value(left, frame)
+        for op, node in zip(ops, comparators, strict=True):
+            after = self._value(node, frame)
+            parts.append(self._pair(op, before, after))
+            before = after
+        return self._joined(ast.And(), parts)
+
+    def _pair(self, op: ast.cmpop, left: Any, right: Any) -> pd.Series:
+        try:
+            result = _compare(op, left, right)
+        except (TypeError, NotImplementedError, ValueError) as error:
+            raise ArgumentError(f"{self.text!r}: cannot compare these types ({str(error).splitlines()[0]})") from error
+        if not isinstance(result, pd.Series):
+            raise ArgumentError(f"{self.text!r}: a comparison without a column")
+        return result.astype(schema.arrow_dtype("bool"))
+
+    def _called(self, name: str, values: list[Any]) -> Any:
+        if not isinstance(values[0], pd.Series):
+            raise ArgumentError(f"{self.text!r}: {name}() needs a column")
+        try:
+            return _FUNCTIONS[name][1](*values)
+        except (AttributeError, TypeError) as error:
+            raise ArgumentError(f"{self.text!r}: {name}() does not fit its column ({error})") from error
+
+
+def _compare(op: ast.cmpop, left: Any, right: Any) -> Any:
+    if isinstance(op, ast.Is | ast.IsNot):
+        return left.isna() if isinstance(op, ast.Is) else left.notna()
+    if isinstance(op, ast.In | ast.NotIn):
+        inside = left.isin(right).astype(schema.arrow_dtype("bool")).where(left.notna())
+        return inside if isinstance(op, ast.In) else ~inside
+    if right is None:
+        raise TypeError("write 'is None' to ask for nulls")
+    if isinstance(left, pd.Series) and isinstance(left.dtype, pd.CategoricalDtype):
+        left = left.astype(schema.arrow_dtype("string"))
+    return _COMPARISONS[type(op)](left, right)
+
+
+def keep(dataset: ImageTextPairDataset, text: str, column: str = schema.KEPT) -> ImageTextPairDataset:
+    """Add a boolean column that tells which rows an expression keeps.
+
+    Parameters
+    ----------
+    dataset : ImageTextPairDataset
+    text : str
+        See :class:`KeepExpression`.
+    column : str
+        The column to add.
+
+    Raises
+    ------
+    ArgumentError, MissingColumnError
+        If the expression is unusable with this dataset.
+    """
+    expression = KeepExpression(text)
+    expression.require_columns(list(dataset.metadata.columns))
+    expression(dataset.metadata._meta_nonempty[expression.columns])
+    kept = dataset.metadata[expression.columns].map_partitions(expression, meta=(column, schema.arrow_dtype("bool")))
+    return dataset.with_user_columns({column: kept})

@@ -1,0 +1,153 @@
+"""The index of a tar: which samples it holds, and where their members lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import IO, NamedTuple
+
+from nemo_image.errors import TarError
+from nemo_image.shards.files import StorageOptions, Url
+from nemo_image.shards.headers import Contents, HeaderWindow, read_contents
+from nemo_image.shards.keys import IMAGE_EXTENSIONS, split_member_name
+from nemo_image.shards.sources import ByteSource, open_source
+
+
+class Member(NamedTuple):
+    """A file in a tar.
+
+    Attributes
+    ----------
+    name : str
+        As the tar has it; never to be used as a path.
+    extension : str
+        Lower-cased, behind the base name's first dot.
+    offset, size : int
+        Of the data, in bytes.
+    """
+
+    name: str
+    extension: str
+    offset: int
+    size: int
+
+
+class Sample(NamedTuple):
+    """The members that share a key, in the tar's order, one for each extension."""
+
+    key: str
+    members: tuple[Member, ...]
+
+    @property
+    def image(self) -> Member | None:
+        """The first member with an image's extension."""
+        return next((member for member in self.members if member.extension in IMAGE_EXTENSIONS), None)
+
+    @property
+    def caption(self) -> Member | None:
+        """The ``txt`` member."""
+        return self._of("txt")
+
+    @property
+    def json(self) -> Member | None:
+        """The ``json`` member."""
+        return self._of("json")
+
+    @property
+    def offset(self) -> int:
+        """Byte offset of the first member's data."""
+        return self.members[0].offset
+
+    def _of(self, extension: str) -> Member | None:
+        return next((member for member in self.members if member.extension == extension), None)
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    """What a tar holds.
+
+    Attributes
+    ----------
+    samples : tuple of Sample
+        In the order of their first members.
+    repeated : tuple of str
+        Names of members whose key and extension another one before them has: those are not in `samples`.
+    ignored : tuple of str
+        Names of members that have no key, and of links and devices.
+    size : int
+        The tar's size in bytes.
+    """
+
+    samples: tuple[Sample, ...]
+    repeated: tuple[str, ...]
+    ignored: tuple[str, ...]
+    size: int
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """The samples' keys, in their order."""
+        return [sample.key for sample in self.samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def index_tar(tar: Url | IO[bytes] | ByteSource, storage_options: StorageOptions = None) -> TarIndex:
+    """Index a tar by reading its headers.
+
+    Parameters
+    ----------
+    tar : str, path, seekable binary file or ByteSource
+    storage_options : mapping, optional
+        For fsspec, where `tar` is a URL.
+
+    Raises
+    ------
+    TarError
+        If it is missing, compressed, truncated, damaged or no tar. The message names the file and the byte.
+    """
+    if isinstance(tar, ByteSource):
+        return _index(tar)
+    try:
+        source = open_source(tar, storage_options)
+    except OSError as error:
+        raise unreadable(str(tar), error) from error
+    with source:
+        return _index(source)
+
+
+def _index(source: ByteSource) -> TarIndex:
+    try:
+        contents = read_contents(source, HeaderWindow(source))
+    except OSError as error:
+        raise unreadable(source.name, error) from error
+    return group_members(contents, source.size)
+
+
+def unreadable(name: str, error: OSError) -> TarError:
+    """Return the error for a tar that the file system does not give."""
+    if isinstance(error, FileNotFoundError):
+        return TarError(f"{name}: no such tar: check the path, and that its file system is mounted")
+    return TarError(f"{name}: cannot be read ({error}): check the file and its file system")
+
+
+def group_members(contents: Contents, size: int) -> TarIndex:
+    """Group members by key into the index of a tar of `size` bytes."""
+    groups: dict[str, dict[str, Member]] = {}
+    repeated: list[str] = []
+    ignored: list[str] = []
+    for name, offset, length in contents.files:
+        parts = split_member_name(name)
+        if parts is None:
+            ignored.append(name)
+            continue
+        key, extension = parts
+        group = groups.get(key)
+        if group is None:
+            groups[key] = {extension: Member(name, extension, offset, length)}
+        elif extension in group:
+            repeated.append(name)
+        else:
+            group[extension] = Member(name, extension, offset, length)
+    samples = tuple([Sample(key, tuple(group.values())) for key, group in groups.items()])
+    return TarIndex(samples, tuple(repeated), (*ignored, *contents.others), size)

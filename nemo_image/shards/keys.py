@@ -1,0 +1,152 @@
+"""Names: the key and extension of a tar member, and which key an id of the metadata means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nemo_image.errors import IdMismatchError
+
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"})
+
+_DECIMAL = re.compile(r"(-?)0*([0-9]{1,20})", re.ASCII)  # 20 digits hold every 64-bit integer
+
+
+def split_member_name(name: str) -> tuple[str, str] | None:
+    """Split a tar member's name into key and extension, as WebDataset defines them.
+
+    The key is the path up to the first dot of the base name, without a leading ``./``; the extension is the rest,
+    lower-cased: ``a/b.Seg.png`` has the key ``a/b`` and the extension ``seg.png``.
+
+    Returns
+    -------
+    tuple of str, or None
+        None for a name with no extension, a folder, or a base name that begins with a dot.
+    """
+    if "/" not in name:
+        key, _, extension = name.partition(".")
+        return (key, extension.lower()) if key and extension else None
+    while name.startswith("./"):
+        name = name[2:]
+    base = name.rfind("/") + 1
+    dot = name.find(".", base)
+    if dot <= base or dot == len(name) - 1:
+        return None
+    return name[:dot], name[dot + 1 :].lower()
+
+
+def match_ids(ids: Iterable[Any], keys: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Find the key that each id names.
+
+    A string names the key that equals it, or else the one key whose base name (``b`` of ``a/b``) equals it. An
+    integer, or a float that nulls made of one, names the key (or else the base name) that is a decimal number of that
+    value, zero-padded or not. Anything else, and a float too large to be exact, names none.
+
+    Parameters
+    ----------
+    ids : iterable of length n
+        Strings, numbers, None or NaN; a list, array or series.
+    keys : sequence of str
+
+    Returns
+    -------
+    array of int64, shape (n,)
+        The key's position, -1 for none.
+
+    Raises
+    ------
+    IdMismatchError
+        If an integer names several keys.
+    """
+    values, exact_below = _as_list(ids)
+    table = _Keys(keys)
+    positions = np.full(len(values), -1, np.int64)
+    for row, value in enumerate(values):
+        if isinstance(value, str):
+            positions[row] = table.of_text(value)
+        else:
+            number = as_integer(value, exact_below)
+            if number is not None:
+                positions[row] = table.of_number(number)
+    return positions
+
+
+def as_integer(value: Any, exact_below: float = 2.0**53) -> int | None:
+    """Return the integer that a value stands for, None if it stands for none.
+
+    Parameters
+    ----------
+    value : object
+    exact_below : float
+        A float of this size or more may have been rounded, and stands for none.
+    """
+    if isinstance(value, bool | np.bool_):
+        return None
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        number = float(value)
+        return int(number) if number.is_integer() and abs(number) < exact_below else None
+    return None
+
+
+def _as_list(ids: Iterable[Any]) -> tuple[list[Any], float]:
+    kind = getattr(ids, "dtype", None)
+    kind = getattr(kind, "numpy_dtype", kind)  # pandas' own dtypes
+    digits = np.finfo(kind).nmant + 1 if isinstance(kind, np.dtype) and kind.kind == "f" else 53
+    values = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    return values, 2.0 ** min(digits, 53)
+
+
+class _Keys:
+    """Positions of keys by name, by base name and by value; each table is made when it is first needed."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._keys = keys
+        self._names: dict[str, int] = {}
+        for place, key in enumerate(keys):
+            self._names.setdefault(key, place)
+        self._base_names: dict[str, int] | None = None
+        self._numbers: dict[int, list[int]] | None = None
+        self._base_numbers: dict[int, list[int]] | None = None
+
+    def of_text(self, text: str) -> int:
+        place = self._names.get(text)
+        if place is not None:
+            return place
+        if self._base_names is None:
+            self._base_names = {}
+            for key, position in self._names.items():
+                base = key.rpartition("/")[2]
+                self._base_names[base] = -1 if base in self._base_names else position
+        return self._base_names.get(text, -1)
+
+    def of_number(self, number: int) -> int:
+        if self._numbers is None:
+            self._numbers = _by_value((place, key) for key, place in self._names.items())
+        places = self._numbers.get(number)
+        if places is None:
+            if self._base_numbers is None:
+                base_names = ((place, key.rpartition("/")[2]) for key, place in self._names.items())
+                self._base_numbers = _by_value(base_names)
+            places = self._base_numbers.get(number, [-1])
+        if len(places) > 1:
+            names = ", ".join(repr(self._keys[place]) for place in places[:5])
+            raise IdMismatchError(
+                f"the id {number} names {len(places)} samples, {names}: make the id column a string that equals the key"
+            )
+        return places[0]
+
+
+def _by_value(names: Iterable[tuple[int, str]]) -> dict[int, list[int]]:
+    table: dict[int, list[int]] = {}
+    for place, name in names:
+        match = _DECIMAL.fullmatch(name)
+        if match:
+            table.setdefault(int(match[1] + match[2]), []).append(place)
+    return table

@@ -1,0 +1,175 @@
+"""A shard's Parquet file: its footer, its columns, and writing it as a whole.
+
+The footer carries our own record (key ``nemo_image``): what made each added column, the identity of the tar that it was
+made from, and the shard's account of its rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nemo_image import schema
+from nemo_image.errors import MetadataFileError, MissingColumnError
+from nemo_image.shards import files
+
+VERSION = 1
+ROW_GROUP_ROWS = 10_000
+
+StorageOptions = Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Footer:
+    """What nemo_image says of a file in its footer.
+
+    Attributes
+    ----------
+    columns : dict of str to dict
+        The fingerprint of each column that nemo_image added.
+    pending : dict of str to int
+        Rows for which such a column is not computed yet.
+    source : dict or None
+        Identity (size in bytes, time, etag) of the tar that the columns were made from.
+    metadata_source : dict or None
+        Identity of the Parquet file that the rows came from, where that is another file.
+    plan : str or None
+        Token of the frame whose rows the file holds; None where it holds all rows of its source.
+    record : dict
+        The shard's ledger record.
+    versions : dict of str to str
+        The libraries that made it; recorded, never compared.
+    """
+
+    columns: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    pending: Mapping[str, int] = field(default_factory=dict)
+    source: Mapping[str, Any] | None = None
+    metadata_source: Mapping[str, Any] | None = None
+    plan: str | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """Return the footer's text."""
+        values = {"version": VERSION, **{name: getattr(self, name) for name in self.__dataclass_fields__}}
+        return json.dumps(values, sort_keys=True, ensure_ascii=False).encode()
+
+    @classmethod
+    def from_bytes(cls, text: bytes) -> Footer:
+        """Read :meth:`to_bytes`; fields of later versions are passed over."""
+        values = json.loads(text)
+        return cls(**{name: value for name, value in values.items() if name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class FileSummary:
+    """What a Parquet file's footer tells: Arrow schema, number of rows, and our record if there is one."""
+
+    schema: pa.Schema
+    rows: int
+    footer: Footer | None
+
+
+def read_summary(url: str, storage_options: StorageOptions = None) -> FileSummary:
+    """Read a file's footer.
+
+    Raises
+    ------
+    MetadataFileError
+        If the file is missing or is no Parquet.
+    """
+    with _opened(url, storage_options) as file:
+        text = (file.schema_arrow.metadata or {}).get(schema.FOOTER_KEY)
+        try:
+            footer = Footer.from_bytes(text) if text else None
+        except (ValueError, TypeError) as error:
+            raise MetadataFileError(f"{url}: the footer's nemo_image record is garbled ({error})") from error
+        return FileSummary(file.schema_arrow, file.metadata.num_rows, footer)
+
+
+def summary_or_none(url: str, storage_options: StorageOptions = None) -> FileSummary | None:
+    """Read a file's footer; None where there is no such file, or none that can be read."""
+    fs, path = files.open_fs(url, storage_options)
+    if not fs.exists(path):
+        return None
+    try:
+        return read_summary(url, storage_options)
+    except MetadataFileError:
+        return None
+
+
+def read_table(url: str, columns: Sequence[str] | None = None, storage_options: StorageOptions = None) -> pa.Table:
+    """Read a file's columns (all by default) in the order asked for.
+
+    Raises
+    ------
+    MetadataFileError
+        If the file is missing or is no Parquet.
+    MissingColumnError
+        If it lacks a column.
+    """
+    with _opened(url, storage_options) as file:
+        names = file.schema_arrow.names
+        missing = [name for name in columns or () if name not in names]
+        if missing:
+            raise MissingColumnError(f"{url} has no column {', '.join(map(repr, missing))}; it has {', '.join(names)}")
+        if columns is None:
+            return file.read(use_threads=False)
+        if not columns:
+            return empty_table(file.metadata.num_rows)
+        return file.read(columns=list(columns), use_threads=False).select(list(columns))
+
+
+def empty_table(rows: int) -> pa.Table:
+    """Return a table of `rows` rows and no columns."""
+    return pa.table({"": pa.nulls(rows)}).select([])
+
+
+def read_row_group(url: str, group: int, storage_options: StorageOptions = None) -> pa.Table:
+    """Read one row group of a file."""
+    with _opened(url, storage_options) as file:
+        return file.read_row_group(group, use_threads=False)
+
+
+def write_table(url: str, table: pa.Table, footer: Footer | None, storage_options: StorageOptions = None) -> int:
+    """Write a table as one Parquet file, atomically, and return the number of rows that the written file counts.
+
+    pandas' own schema metadata is left out: readers without nemo_image must not need our dtypes. Other metadata of
+    the table's schema stays.
+    """
+    metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key != b"pandas"}
+    if footer is not None:
+        metadata[schema.FOOTER_KEY] = footer.to_bytes()
+    table = table.replace_schema_metadata(metadata or None)
+    with files.atomic_writer(url, storage_options) as out, pq.ParquetWriter(out, table.schema) as writer:
+        writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+    return read_summary(url, storage_options).rows
+
+
+def write_groups(url: str, groups: Sequence[pa.Table], storage_options: StorageOptions = None) -> None:
+    """Write several tables of one schema as the row groups of one file, atomically."""
+    with files.atomic_writer(url, storage_options) as out, pq.ParquetWriter(out, groups[0].schema) as writer:
+        for group in groups:
+            writer.write_table(group, row_group_size=max(1, len(group)))
+
+
+@contextmanager
+def _opened(url: str, storage_options: StorageOptions) -> Iterator[pq.ParquetFile]:
+    fs, path = files.open_fs(url, storage_options)
+    try:
+        with fs.open(path, "rb") as raw, pq.ParquetFile(raw) as file:
+            yield file
+    except FileNotFoundError as error:
+        raise MetadataFileError(f"{url}: no such file") from error
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise MetadataFileError(f"{url}: cannot be read as Parquet ({_first_line(error)})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
