@@ -52,10 +52,10 @@ def check_name(name: str) -> None:
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
         hint = f": did you mean {' or '.join(near)}?" if near else ": timm.list_models('*clip*') lists what there is"
         raise UnknownModelError(f"timm has no model {name!r}{hint}")
-    if tag and timm.get_pretrained_cfg(name, allow_unregistered=False) is None:
-        raise UnknownModelError(
-            f"timm's {architecture} has no pretrained tag {tag!r}: {', '.join(_tags(architecture))}"
-        )
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise UnknownModelError(f"timm's {architecture} has no tag {tag!r}: {', '.join(_tags(architecture))}") from error
 
 
 def _tags(architecture: str) -> list[str]:

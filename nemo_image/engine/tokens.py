@@ -6,11 +6,8 @@ pickled by value, and would then get a new token each time, or none.
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import inspect
 import os
-import textwrap
 from types import CodeType
 from typing import Any
 
@@ -31,21 +28,21 @@ def behaviour_token(operator: Any) -> str:
 
 def _class_text(owner: type) -> str:
     name = f"{owner.__module__}.{owner.__qualname__}"
-    if owner.__module__.split(".")[0] == "nemo_image":
-        return name
-    try:
-        # Parsed and written again: comments and layout do not count.
-        return f"{name}:{ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(owner))))}"
-    except (OSError, TypeError, SyntaxError):
-        return f"{name}:{_bytecode(owner)}"
+    return name if owner.__module__.split(".")[0] == "nemo_image" else f"{name}:{_members_text(owner)}"
 
 
-def _bytecode(owner: type) -> str:
+def _members_text(owner: type) -> str:
+    """Return the code of a class's methods and its plain attributes.
+
+    Bytecode, because `inspect.getsource` finds classes by their name, which a notebook gives to one after the other.
+    """
     parts = []
     for name, member in sorted(vars(owner).items()):
         code = getattr(getattr(member, "__func__", member), "__code__", None)
         if code is not None:
             parts.append(f"{name}={_code_text(code)}")
+        elif isinstance(member, PLAIN) and not name.startswith("__"):
+            parts.append(f"{name}={member!r}")
     return ";".join(parts)
 
 

@@ -63,11 +63,11 @@ class HeaderWindow:
         begin = position - self.start
         if begin < 0 or begin + size > len(self.data):
             self.fill(position, size)
-            begin = 0
+            begin = position - self.start
         return self.data[begin : begin + size]
 
     def fill(self, position: int, size: int) -> None:
-        """Move the window to a position."""
+        """Move the window, so that it holds at least these bytes."""
         skipped = position - self.start - len(self.data)
         self._size = min(self._size * 2, self.source.window) if skipped < self.source.skip else self.source.gap
         self.start, self.data = position, self.source.read_at(position, max(size, self._size))

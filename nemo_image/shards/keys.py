@@ -40,7 +40,7 @@ def split_member_name(name: str) -> tuple[str, str] | None:
     return name[:dot], name[dot + 1 :].lower()
 
 
-def match_ids(ids: Iterable[Any], keys: Sequence[str]) -> npt.NDArray[np.int64]:
+def match_ids(ids: Iterable[Any], keys: Sequence[str], *, base_names: bool = True) -> npt.NDArray[np.int64]:
     """Find the key that each id names.
 
     A string names the key that equals it, or else the one key whose base name (``b`` of ``a/b``) equals it. An
@@ -52,6 +52,8 @@ def match_ids(ids: Iterable[Any], keys: Sequence[str]) -> npt.NDArray[np.int64]:
     ids : iterable of length n
         Strings, numbers, None or NaN; a list, array or series.
     keys : sequence of str
+    base_names : bool
+        Whether base names count.
 
     Returns
     -------
@@ -63,28 +65,31 @@ def match_ids(ids: Iterable[Any], keys: Sequence[str]) -> npt.NDArray[np.int64]:
     IdMismatchError
         If an integer names several keys.
     """
-    values, exact_below = _as_list(ids)
-    table = _Keys(keys)
-    positions = np.full(len(values), -1, np.int64)
-    for row, value in enumerate(values):
-        if isinstance(value, str):
-            positions[row] = table.of_text(value)
-        else:
-            number = as_integer(value, exact_below)
-            if number is not None:
-                positions[row] = table.of_number(number)
-    return positions
+    table = _Keys(keys, base_names)
+    found = [
+        -1 if value is None else table.of_text(value) if isinstance(value, str) else table.of_number(value)
+        for value in plain_ids(ids)
+    ]
+    return np.array(found, np.int64)
 
 
-def as_integer(value: Any, exact_below: float = 2.0**53) -> int | None:
-    """Return the integer that a value stands for, None if it stands for none.
+def plain_ids(ids: Iterable[Any]) -> list[str | int | None]:
+    """Return ids as strings, integers and, for what can name nothing, None.
 
     Parameters
     ----------
-    value : object
-    exact_below : float
-        A float of this size or more may have been rounded, and stands for none.
+    ids : iterable
+        As for :func:`match_ids`.
     """
+    kind = getattr(ids, "dtype", None)
+    kind = getattr(kind, "numpy_dtype", kind)  # pandas' own dtypes
+    digits = np.finfo(kind).nmant + 1 if isinstance(kind, np.dtype) and kind.kind == "f" else 53
+    exact_below = 2.0 ** min(digits, 53)
+    values = ids.tolist() if hasattr(ids, "tolist") else ids
+    return [value if isinstance(value, str) else _integer(value, exact_below) for value in values]
+
+
+def _integer(value: Any, exact_below: float) -> int | None:
     if isinstance(value, bool | np.bool_):
         return None
     if isinstance(value, Integral):
@@ -95,19 +100,12 @@ def as_integer(value: Any, exact_below: float = 2.0**53) -> int | None:
     return None
 
 
-def _as_list(ids: Iterable[Any]) -> tuple[list[Any], float]:
-    kind = getattr(ids, "dtype", None)
-    kind = getattr(kind, "numpy_dtype", kind)  # pandas' own dtypes
-    digits = np.finfo(kind).nmant + 1 if isinstance(kind, np.dtype) and kind.kind == "f" else 53
-    values = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-    return values, 2.0 ** min(digits, 53)
-
-
 class _Keys:
     """Positions of keys by name, by base name and by value; each table is made when it is first needed."""
 
-    def __init__(self, keys: Sequence[str]) -> None:
+    def __init__(self, keys: Sequence[str], base_names: bool) -> None:
         self._keys = keys
+        self._use_base_names = base_names
         self._names: dict[str, int] = {}
         for place, key in enumerate(keys):
             self._names.setdefault(key, place)
@@ -117,8 +115,8 @@ class _Keys:
 
     def of_text(self, text: str) -> int:
         place = self._names.get(text)
-        if place is not None:
-            return place
+        if place is not None or not self._use_base_names:
+            return -1 if place is None else place
         if self._base_names is None:
             self._base_names = {}
             for key, position in self._names.items():
@@ -130,11 +128,13 @@ class _Keys:
         if self._numbers is None:
             self._numbers = _by_value((place, key) for key, place in self._names.items())
         places = self._numbers.get(number)
-        if places is None:
+        if places is None and self._use_base_names:
             if self._base_numbers is None:
                 base_names = ((place, key.rpartition("/")[2]) for key, place in self._names.items())
                 self._base_numbers = _by_value(base_names)
-            places = self._base_numbers.get(number, [-1])
+            places = self._base_numbers.get(number)
+        if places is None:
+            return -1
         if len(places) > 1:
             names = ", ".join(repr(self._keys[place]) for place in places[:5])
             raise IdMismatchError(

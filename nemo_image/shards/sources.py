@@ -31,11 +31,14 @@ class ByteSource(ABC):
         Bytes: a reader who learns only from one read where the next one begins had better skip this much than read on.
     window : int
         Bytes: the largest read that joins ranges.
+    ahead : int
+        Bytes that are worth being fetched at once, in several ranges.
     """
 
     gap = 4 * _KIB
     skip = 4 * _KIB
     window = 64 * _KIB
+    ahead = 0
 
     def __init__(self, name: str, size: int) -> None:
         self.name = name
@@ -90,6 +93,7 @@ class RemoteSource(ByteSource):
     gap = 64 * _KIB
     skip = _MIB
     window = 4 * _MIB
+    ahead = 16 * _MIB
 
     def __init__(self, fs: AbstractFileSystem, path: str, name: str) -> None:
         self._fs, self._path = fs, path

@@ -1,0 +1,69 @@
+# Everything runs in .venv, which these targets make and fill from PyPI; a second call installs nothing.
+# A machine needs python3 >= 3.11 and make. Another Python: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO_DIR ?= demo
+
+# pip's own work is kept in its cache, so that a fresh clone on the same machine downloads little.
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet
+METADATA := setup.cfg pyproject.toml
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help demo test lint format types contract check check-extras clean distclean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+demo: $(VENV)/.demo-installed ## Curate a small dataset of real photographs, from tars to tars, into demo/
+	$(BIN)/python scripts/demo/run.py --folder $(DEMO_DIR)
+
+test: $(VENV)/.test-installed ## Run the tests (PYTEST_ARGS="-k export")
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.test-installed ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.test-installed ## Apply the formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.test-installed ## Check the type hints
+	$(BIN)/mypy
+
+contract: $(VENV)/.test-installed ## Check that imports point down the layers only
+	$(BIN)/lint-imports --config setup.cfg
+
+check: lint types contract test ## All of these: what CI runs
+
+check-extras: $(VENV)/bin/uv ## Resolve every extra as published, for several Pythons (needs the package index)
+	UV=$(BIN)/uv scripts/check_extras.sh
+
+clean: ## Remove what the tools and the demo left
+	rm -rf $(DEMO_DIR) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find nemo_image tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## Remove .venv as well
+	rm -rf $(VENV)
+
+# Touched last: a folder left by an interrupted call has no pip yet.
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
+	    "nemo-image needs Python 3.11 or newer; $(PYTHON) is not. Say which: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.demo-installed: $(METADATA) | $(VENV)/.made
+	$(PIP_INSTALL) -e '.[image_cpu,demo]'
+	@touch $@
+
+$(VENV)/.test-installed: $(METADATA) | $(VENV)/.made
+	$(PIP_INSTALL) -e '.[image_cpu,dali,demo,test]'
+	@touch $@ $(VENV)/.demo-installed
+
+$(BIN)/uv: | $(VENV)/.made
+	$(PIP_INSTALL) uv
