@@ -50,18 +50,22 @@ clean: ## Remove what the tools and the demo left
 distclean: clean ## Remove .venv as well
 	rm -rf $(VENV)
 
-# Touched last: a folder left by an interrupted call has no pip yet.
+# Touched last: a folder left by an interrupted call has no pip yet. The pip that Python 3.11 brings (before 23.3) takes
+# image_cpu for another extra than image-cpu, warns, and installs nothing of it.
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
 	    "nemo-image needs Python 3.11 or newer; $(PYTHON) is not. Say which: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP_INSTALL) --upgrade 'pip>=23.3'
 	@touch $@
 
 $(VENV)/.demo-installed: $(METADATA) | $(VENV)/.made
+	@echo "Installing into $(VENV): some minutes and gigabytes the first time (torch)"
 	$(PIP_INSTALL) -e '.[image_cpu,demo]'
 	@touch $@
 
 $(VENV)/.test-installed: $(METADATA) | $(VENV)/.made
+	@echo "Installing into $(VENV): some minutes and gigabytes the first time (torch)"
 	$(PIP_INSTALL) -e '.[image_cpu,dali,demo,test]'
 	@touch $@ $(VENV)/.demo-installed
 

@@ -51,7 +51,7 @@ class ImageClassifier:
     # Attributes that change where and how fast predictions are made, not what they are.
     _settings: ClassVar[tuple[str, ...]] = ("embedding_column", "pred_column", "batch_size")
 
-    def __init__(  # noqa: PLR0917 - the published order
+    def __init__(
         self,
         model_name: str,
         embedding_column: str,
@@ -223,7 +223,7 @@ class ImageClassifier:
             return np.full(len(vectors), np.nan, np.float32)
         model = get_model(self._spec(device), lambda: _evaluating(self.load_model(device)))
         # An autocast around an embedder must not reach the classifier.
-        with torch.inference_mode(), torch.autocast(device.partition(":")[0], enabled=False):
+        with torch.inference_mode():
             predictions = self._predict(model, vectors if count == len(vectors) else vectors[good])
         values = self._postprocessed(predictions)
         if count == len(vectors):
@@ -238,7 +238,7 @@ class ImageClassifier:
         """The dtype of the column to add."""
         try:
             return schema.arrow_dtype(self.pred_type)
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise ArgumentError(f"pred_type must name a type such as 'float32', not {self.pred_type!r}") from error
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 
 from nemo_image import backend, schema
-from nemo_image.datasets.columns import rows_by_shard, tar_identity
+from nemo_image.datasets.columns import rows_by_shard, same_file, tar_identity
 from nemo_image.datasets.load import id_positions, read_rows, require_unique
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.engine.ledger import Named, ShardRecord, count_failures
@@ -110,7 +110,7 @@ class SaveShard:
             wanted <= set(summary.schema.names)
             and all(footer.columns.get(name) == made for name, made in saved.fingerprints.items())
             and not any(footer.pending.get(name, 1) for name in saved.computed)
-            and footer.source == tar_identity(self.source, shard)
+            and same_file(footer.source, tar_identity(self.source, shard))
         )
         if not same or not self._same_rows(shard, footer, summary.rows):
             return None

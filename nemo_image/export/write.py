@@ -116,7 +116,7 @@ def write_output(
     footer = parquet.Footer(
         columns=settings.footer_columns,
         pending=dict.fromkeys(settings.footer_columns, 0),
-        source=files.identify(tar_url, settings.storage_options).to_dict(),
+        source=files.FileIdentity(index.size).to_dict(),
         plan=settings.token,
         record={name: value for name, value in record.to_dict().items() if name not in ("seconds", "error", "status")},
     )

@@ -282,8 +282,8 @@ def _match_json(
     if repeated:
         keys = ", ".join(repr(reader.index.keys[place]) for place in said[min(repeated)][:5])
         raise IdMismatchError(
-            f"{reader.tar_url}: {len(repeated)} ids stand in the JSON of several samples, for example {min(repeated)!r} "
-            f"in that of {keys}: give id_col a field that tells the samples apart"
+            f"{reader.tar_url}: {len(repeated)} ids stand in the JSON of several samples, {min(repeated)!r} for one in "
+            f"that of {keys}: give id_col a field that tells the samples apart"
         )
     return np.array([-1 if position < 0 else said[texts[position]][0] for position in found], np.int64)
 

@@ -1,7 +1,7 @@
 """Writing a shard's tar: the same bytes for the same members, whoever writes them, and when.
 
-The format is ustar (POSIX.1-1988); a pax header (POSIX.1-2001) precedes a member whose name is too long for it or is not
-ASCII, or whose size is 8 GiB or more.
+The format is ustar (POSIX.1-1988); a pax header (POSIX.1-2001) precedes a member whose name is too long for it or is
+not ASCII, or whose size is 8 GiB or more.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _PAX_NAME = b"././@PaxHeader"
 class TarWriter:
     """Writes a tar into a binary file, and keeps its index.
 
-    Every member is a plain file of mode 0644, owner 0 and time 0. :meth:`close` writes the end mark; a ``with`` block does
-    so unless it ends with an exception. The file stays open.
+    Every member is a plain file of mode 0644, owner 0 and time 0. :meth:`close` writes the end mark; a ``with`` block
+    does so unless it ends with an exception. The file stays open.
 
     Parameters
     ----------

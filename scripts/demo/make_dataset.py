@@ -56,7 +56,7 @@ PHOTOGRAPHS = (
     Photograph("page.png", "A printed page about region-based segmentation", "not stated, part of scikit-image"),
     Photograph("retina.jpg", "The retina of a human eye with its blood vessels", "CC0-1.0"),
     Photograph("rocket.jpg", "A rocket stands lit on its launch pad at dusk", "public domain (SpaceX)"),
-    Photograph("text.png", "Handwritten letters on lined paper, photographed from the side", "public domain"),
+    Photograph("text.png", "Handwritten formulas on lined paper, photographed at a slant", "public domain"),
 )
 
 

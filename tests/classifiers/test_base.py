@@ -27,7 +27,7 @@ class Mean(ImageClassifier):
     def __init__(self, pred_type: Any = "float32", batch_size: int = -1, factor: float = 1.0) -> None:
         super().__init__("mean", "image_embedding", "score", pred_type, batch_size, SIZE)
         self.factor = factor
-        self.seen: list[tuple[int, ...]] = []
+        self.model: Any = None
 
     def load_model(self, device: str) -> Any:
         return lambda embeddings: embeddings.mean(dim=1) * self.factor
@@ -50,6 +50,10 @@ def vectors(rows: int = 9, seed: int = 0) -> np.ndarray:
 
 def scored(classifier: ImageClassifier, data: np.ndarray, **options: Any) -> pd.Series:
     return classifier(make_dataset(data, **options)).metadata.compute()[classifier.pred_column]
+
+
+def _words(mean: np.ndarray) -> list[str]:
+    return ["up" if x > 0 else "down" for x in mean]
 
 
 def test_names() -> None:
@@ -92,9 +96,9 @@ def test_the_model_sees_float32_batches_of_the_size_asked_for() -> None:
         (lambda s: (s > 0).astype(int), "int32", pa.int32(), lambda mean: [int(x > 0) for x in mean]),
         (lambda s: (s > 0).astype("Int8"), "int32", pa.int32(), lambda mean: [int(x > 0) for x in mean]),
         (lambda s: s > 0, "bool", pa.bool_(), lambda mean: [bool(x > 0) for x in mean]),
-        (lambda s: (s > 0).map({True: "up", False: "down"}), "string", pa.string(), lambda mean: _words(mean)),
-        (lambda s: pd.cut(s, [-9, 0, 9], labels=["down", "up"]), "string", pa.string(), lambda mean: _words(mean)),
-        (lambda s: np.where(s > 0, "up", "down"), "str", pa.string(), lambda mean: _words(mean)),
+        (lambda s: (s > 0).map({True: "up", False: "down"}), "string", pa.string(), _words),
+        (lambda s: pd.cut(s, [-9, 0, 9], labels=["down", "up"]), "string", pa.string(), _words),
+        (lambda s: np.where(s > 0, "up", "down"), "str", pa.string(), _words),
     ],
 )
 @pytest.mark.parametrize("case", ["all", "nulls", "not finite"])
@@ -112,10 +116,6 @@ def test_postprocess_and_type(step: Any, pred_type: str, arrow: pa.DataType, wan
         means[1] = None
     assert found.dtype == pd.ArrowDtype(arrow)
     assert pa.array(found).to_pylist() == means
-
-
-def _words(mean: np.ndarray) -> list[str]:
-    return ["up" if x > 0 else "down" for x in mean]
 
 
 def test_nan_predictions_become_null() -> None:
@@ -159,10 +159,12 @@ class _First(torch.nn.Module):
 def test_a_model_of_the_wrong_shape(model: Any, says: str) -> None:
     class Wrong(Mean):
         def load_model(self, device: str) -> Any:
-            return model
+            return self.model
 
+    classifier = Wrong()
+    classifier.model = model
     with pytest.raises(ModelError, match=says):
-        scored(Wrong(), vectors())
+        scored(classifier, vectors())
 
 
 def test_a_postprocess_that_loses_rows() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,14 @@ from nemo_image.errors import ArgumentError, DatasetError, RunError
 from nemo_image.shards.idx_file import read_idx
 from tests.makers import make_dataset, sample, tar_members, write_rows, write_tar
 
-SIZES = {"00000": 9, "00001": 6, "00002": 13}
+SIZES = {"00000": 9, "00001": 6, "00002": 16}
 
 
 def kept(folder: Path) -> ImageTextPairDataset:
     """Open a dataset of which 00001 has no survivor, and every third row of the others goes."""
     dataset = ImageTextPairDataset.from_webdataset(str(folder))
     metadata = dataset.metadata
-    dataset.metadata = metadata.assign(keep=(metadata["seed"] % 3 != 0) & (metadata["shard"] != "00001"))
+    dataset.metadata = metadata.assign(keep=~metadata["seed"].isin(list(range(0, 31, 3))) & (metadata["shard"] != "00001"))
     return dataset
 
 
@@ -33,16 +35,15 @@ def source(tmp_path: Path) -> Path:
 
 
 def survivors() -> list[int]:
-    return [seed for seed in range(28) if seed % 3 != 0 and not 9 <= seed < 15]
+    return [seed for seed in range(31) if seed % 3 != 0 and not 9 <= seed < 15]
 
 
 def test_members_ids_and_shards(source: Path, tmp_path: Path, scheduler: Any) -> None:
     out = tmp_path / "out"
     done = kept(source).to_webdataset(out, "keep", samples_per_shard=7, old_id_col="old")
     seeds = survivors()
-    assert sorted(path.name for path in out.glob("*.tar")) == ["00000.tar", "00001.tar"] + (
-        ["00002.tar"] if len(seeds) > 14 else []
-    )
+    assert len(seeds) == 16
+    assert sorted(path.name for path in out.glob("*.tar")) == ["00000.tar", "00001.tar", "00002.tar"]
     originals: dict[str, bytes] = {}
     for path in source.glob("*.tar"):
         originals |= tar_members(path)
@@ -51,7 +52,7 @@ def test_members_ids_and_shards(source: Path, tmp_path: Path, scheduler: Any) ->
         members = tar_members(tar)
         rows = pq.read_table(tar.with_suffix(".parquet")).to_pylist()
         assert len(members) == 3 * len(rows)
-        assert len(rows) == 7 or number == len(list(out.glob("*.tar"))) - 1
+        assert len(rows) == (2 if number == 2 else 7)
         for offset, row in enumerate(rows):
             seed, new = seeds[place], f"{number:05d}{offset}"
             assert row["key"] == new
@@ -64,23 +65,29 @@ def test_members_ids_and_shards(source: Path, tmp_path: Path, scheduler: Any) ->
             place += 1
     assert place == len(seeds)
     assert done.run_totals is not None
-    assert done.run_totals["rows_in"] == 28
+    assert done.run_totals["rows_in"] == 31
     assert done.run_totals["rows_out"] == len(seeds)
-    assert done.run_totals["rows_filtered"] == 28 - len(seeds)
+    assert done.run_totals["rows_filtered"] == 31 - len(seeds)
 
 
 def test_loads_again_and_with_webdataset(source: Path, tmp_path: Path) -> None:
-    import webdataset
-
     out = tmp_path / "out"
     done = kept(source).to_webdataset(out, "keep", samples_per_shard=7)
     frame = ImageTextPairDataset.from_webdataset(str(out)).metadata.compute()
     assert frame["seed"].tolist() == survivors()
     assert done.metadata.compute()["key"].tolist() == frame["key"].tolist()
     tars = [str(path) for path in sorted(out.glob("*.tar"))]
-    read = list(webdataset.WebDataset(tars, shardshuffle=False))
-    assert [one["__key__"] for one in read] == frame["key"].tolist()
-    assert [json.loads(one["json"])["seed"] for one in read] == survivors()
+    # In a process of its own: webdataset leaves its files open, which would be a warning here.
+    code = (
+        "import json, sys, webdataset\n"
+        "for one in webdataset.WebDataset(sys.argv[1:], shardshuffle=False):\n"
+        "    print(json.dumps([one['__key__'], json.loads(one['json'])['seed'], len(one['jpg'])]))"
+    )
+    done_reading = subprocess.run([sys.executable, "-c", code, *tars], capture_output=True, text=True, check=True)
+    read = [json.loads(line) for line in done_reading.stdout.splitlines()]
+    assert [key for key, _, _ in read] == frame["key"].tolist()
+    assert [seed for _, seed, _ in read] == survivors()
+    assert all(size > 100 for _, _, size in read)
 
 
 def test_index_files_are_right(source: Path, tmp_path: Path) -> None:
@@ -106,11 +113,7 @@ def test_same_bytes_each_time(source: Path, tmp_path: Path) -> None:
         kept(source).to_webdataset(first, "keep", samples_per_shard=7, shuffle_seed=seed)
         kept(source).to_webdataset(second, "keep", samples_per_shard=7, shuffle_seed=seed)
         assert len(hashes(first)) == 9
-        # The Parquet footers say when the tars were written; their rows are compared instead.
-        tars = {name: value for name, value in hashes(first).items() if not name.endswith(".parquet")}
-        assert tars == {name: value for name, value in hashes(second).items() if not name.endswith(".parquet")}
-        for path in first.glob("*.parquet"):
-            assert pq.read_table(path).equals(pq.read_table(second / path.name))
+        assert hashes(first) == hashes(second)
 
 
 def test_shuffle_is_a_permutation_by_its_seed(source: Path, tmp_path: Path) -> None:

@@ -1,0 +1,363 @@
+from __future__ import annotations
+
+import gc
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.asyn import AsyncFileSystem
+from fsspec.spec import AbstractBufferedFile
+
+from nemo_image.errors import ArgumentError
+from nemo_image.shards import files
+
+
+class ObjectStore(AsyncFileSystem):
+    """An object store in memory, which keeps what is uploaded to the end, as S3 does."""
+
+    protocol = "teststore"
+    cachable = False
+    objects: dict[str, bytes] = {}  # noqa: RUF012 -- one store for all instances, as stores are
+    requests: list[str] = []  # noqa: RUF012
+
+    async def _info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        path = self._strip_protocol(path)
+        if path not in self.objects:
+            raise FileNotFoundError(path)
+        content = self.objects[path]
+        return {"name": path, "size": len(content), "type": "file", "ETag": f'"{hash(content)}"'}
+
+    async def _ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
+        path = self._strip_protocol(path)
+        found = [await self._info(name) for name in self.objects if name.rpartition("/")[0] == path]
+        if not found:
+            raise FileNotFoundError(path)
+        return found if detail else [info["name"] for info in found]
+
+    async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
+        return self.objects[self._strip_protocol(path)][start:end]
+
+    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        if mode == "rb":
+            return io.BytesIO(self.objects[self._strip_protocol(path)])
+        return Upload(self, self._strip_protocol(path), mode, block_size=8)
+
+
+class Upload(AbstractBufferedFile):
+    """An upload in parts."""
+
+    def _initiate_upload(self) -> None:
+        self.parts: list[bytes] = []
+        ObjectStore.requests.append("begin")
+
+    def _upload_chunk(self, final: bool = False) -> bool:
+        if b"refuse" in self.buffer.getvalue():
+            raise OSError("no space in the bucket")
+        self.parts.append(self.buffer.getvalue())
+        if final:
+            ObjectStore.requests.append("complete")
+            ObjectStore.objects[self.path] = b"".join(self.parts)
+        return True
+
+    def discard(self) -> None:
+        ObjectStore.requests.append("abort")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_stores() -> Iterator[None]:
+    fsspec.register_implementation("teststore", ObjectStore, clobber=True)
+    ObjectStore.objects.clear()
+    ObjectStore.requests.clear()
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    memory.pseudo_dirs[:] = [""]
+    yield
+    memory.store.clear()
+
+
+@pytest.fixture(params=["local", "memory", "teststore"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "dataset") if request.param == "local" else f"{request.param}://bucket/dataset"
+
+
+def _content(url: str) -> bytes:
+    fs, path = files.open_fs(url)
+    return bytes(fs.cat_file(path))
+
+
+def _names(root: str) -> set[str]:
+    fs, path = files.open_fs(root)
+    return {str(info["name"]).rpartition("/")[2] for info in fs.ls(path, detail=True)}
+
+
+@pytest.mark.parametrize(
+    ("root", "parts", "expected"),
+    [
+        ("/data", ["00000.tar"], "/data/00000.tar"),
+        ("/data/", ["a/00000.tar"], "/data/a/00000.tar"),
+        ("data", ["_nemo_image", "x.jsonl"], "data/_nemo_image/x.jsonl"),
+        ("", ["x.tar"], "x.tar"),
+        ("/", ["x.tar"], "/x.tar"),
+        ("s3://bucket", ["x.tar"], "s3://bucket/x.tar"),
+        ("memory://", ["x.tar"], "memory://x.tar"),
+        ("s3://bucket/a", ["..x.tar"], "s3://bucket/a/..x.tar"),
+    ],
+)
+def test_join(root: str, parts: list[str], expected: str) -> None:
+    assert files.join(root, *parts) == expected
+
+
+def test_join_takes_paths(tmp_path: Path) -> None:
+    assert files.join(tmp_path, "a") == str(tmp_path / "a")
+
+
+@pytest.mark.parametrize("part", ["/etc/passwd", "../x", "a/../../x", ".."])
+def test_join_does_not_lead_out_of_the_folder(part: str) -> None:
+    with pytest.raises(ArgumentError, match="leads out of data"):
+        files.join("data", part)
+
+
+def test_open_fs_passes_storage_options() -> None:
+    fs, path = files.open_fs("teststore://bucket/x.tar", {"asynchronous": False, "anon": True})
+    assert isinstance(fs, ObjectStore)
+    assert path == "bucket/x.tar"
+    assert fs.storage_options == {"asynchronous": False, "anon": True}
+
+
+def test_list_files(root: str) -> None:
+    for name in ("00010.tar", "00009.tar", "a.parquet", ".hidden.tar", f"{files.TEMPORARY_PREFIX}{'0' * 32}-b.tar"):
+        with files.atomic_writer(files.join(root, name)) as file:
+            file.write(b"x")
+    with files.atomic_writer(files.join(root, "deeper", "c.tar")) as file:
+        file.write(b"x")
+    assert files.list_files(root, ".tar") == ["00009.tar", "00010.tar"]
+    assert files.list_files(root + "/", ".parquet") == ["a.parquet"]
+    assert files.list_files(root, ".idx") == []
+
+
+def test_list_files_leaves_out_folders(tmp_path: Path) -> None:
+    (tmp_path / "folder.tar").mkdir()
+    (tmp_path / "file.tar").write_bytes(b"")
+    (tmp_path / "lost.tar").symlink_to(tmp_path / "nowhere")  # a file that is named as unreadable later
+    assert files.list_files(tmp_path, ".tar") == ["file.tar", "lost.tar"]
+
+
+def test_list_files_of_what_is_no_folder(root: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        files.list_files(root, ".tar")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        files.list_files(tmp_path / "file", "file")
+
+
+def test_identity_of_a_local_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    path.write_bytes(b"12345")
+    os.utime(path, ns=(0, 1_700_000_000_123_456_789))
+    identity = files.identify(path)
+    assert identity == files.FileIdentity(5, "2023-11-14T22:13:20.123456789Z", None)
+    assert files.FileIdentity.from_dict(json.loads(json.dumps(identity.to_dict()))) == identity
+    os.utime(path, ns=(0, 1_700_000_000_123_456_790))
+    assert files.identify(path) != identity
+
+
+def test_identity_of_a_remote_file() -> None:
+    for url in ("memory://d/x.tar", "teststore://d/x.tar"):
+        with pytest.raises(FileNotFoundError):
+            files.identify(url)
+        with files.atomic_writer(url) as file:
+            file.write(b"one")
+        before = files.identify(url)
+        assert before.size == 3
+        assert files.identify(url) == before
+        assert files.FileIdentity.from_dict(before.to_dict()) == before
+        with files.atomic_writer(url) as file:
+            file.write(b"two")
+        assert files.identify(url) != before
+    assert before.etag is not None
+    assert before.modified is None
+
+
+def test_identity_of_no_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        files.identify(tmp_path / "x")
+
+
+def test_a_file_appears_when_it_is_whole(root: str) -> None:
+    url = files.join(root, "x.tar")
+    with files.atomic_writer(files.join(root, "other")) as file:
+        file.write(b"other")
+    with files.atomic_writer(url) as file:
+        file.write(b"1234567890")
+        assert "x.tar" not in _names(root)
+        file.write(b"abc")
+    assert _content(url) == b"1234567890abc"
+    assert _names(root) == {"x.tar", "other"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("before", [None, b"before"])
+def test_an_exception_leaves_the_target_alone(root: str, before: bytes | None, error: type[BaseException]) -> None:
+    url = files.join(root, "x.tar")
+    with files.atomic_writer(files.join(root, "other")) as file:
+        file.write(b"other")
+    if before is not None:
+        with files.atomic_writer(url) as file:
+            file.write(before)
+    with pytest.raises(error), files.atomic_writer(url) as file:
+        file.write(b"much longer than a part of an upload")
+        raise error
+    del file
+    gc.collect()  # a file that is collected must not be uploaded after all
+    assert _names(root) == ({"other"} if before is None else {"other", "x.tar"})
+    assert before is None or _content(url) == before
+
+
+def test_an_upload_given_up_is_aborted() -> None:
+    with pytest.raises(RuntimeError), files.atomic_writer("teststore://bucket/x.tar") as file:
+        file.write(b"much longer than a part of an upload")
+        raise RuntimeError
+    assert ObjectStore.requests == ["begin", "abort"]
+
+
+def test_an_upload_that_fails_at_the_end_leaves_the_target_alone() -> None:
+    ObjectStore.objects["bucket/x.tar"] = b"before"
+    with pytest.raises(OSError, match="no space"), files.atomic_writer("teststore://bucket/x.tar") as file:
+        file.write(b"refuse")
+    del file
+    gc.collect()
+    assert ObjectStore.objects == {"bucket/x.tar": b"before"}
+
+
+def test_a_full_disk_leaves_the_target_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"before")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"), files.atomic_writer(path) as file:
+        file.write(b"after")
+    assert path.read_bytes() == b"before"
+    assert _names(str(tmp_path)) == {"x"}
+
+
+def test_the_file_and_its_folder_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(descriptor: int) -> None:
+        events.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def record_replace(source: str, target: str) -> None:
+        events.append(("replace", Path(target).name))
+        replace(source, target)
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("needs /proc to name open files")
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    with files.atomic_writer(tmp_path / "x") as file:
+        file.write(b"1")
+        [temporary] = os.listdir(tmp_path)
+    assert temporary.startswith(".nemo-image-tmp-")
+    assert temporary.endswith("-x")
+    assert events == [("fsync", temporary), ("replace", "x"), ("fsync", tmp_path.name)]
+
+
+def test_permissions_are_the_targets_or_the_usual_ones(tmp_path: Path) -> None:
+    (tmp_path / "old").write_bytes(b"")
+    (tmp_path / "old").chmod(0o640)
+    (tmp_path / "plain").write_bytes(b"")
+    for name in ("old", "new"):
+        with files.atomic_writer(tmp_path / name) as file:
+            file.write(b"1")
+    assert (tmp_path / "old").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_names_may_be_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
+    for name in ("a" * 251 + ".tar", "ü" * 125 + ".tar"):
+        with files.atomic_writer(tmp_path / name) as file:
+            file.write(name.encode())
+        assert (tmp_path / name).read_bytes() == name.encode()
+
+
+def test_a_consumer_may_close_the_file(tmp_path: Path) -> None:
+    with files.atomic_writer(tmp_path / "x") as file:
+        file.write(b"1")
+        file.close()
+    assert (tmp_path / "x").read_bytes() == b"1"
+
+
+def test_a_killed_writer_leaves_a_temporary_that_is_swept(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from nemo_image.shards.files import atomic_writer\n"
+        "with atomic_writer(sys.argv[1]) as file:\n"
+        "    file.write(b'half')\n"
+        "    file.flush()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    (tmp_path / "x").write_bytes(b"before")
+    project = str(Path(files.__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": project}
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "x")], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "x").read_bytes() == b"before"
+    assert files.list_files(tmp_path, "x") == ["x"]
+    assert len(_names(str(tmp_path))) == 2
+    assert len(files.sweep_temporaries(tmp_path)) == 1
+    assert _names(str(tmp_path)) == {"x"}
+
+
+def test_a_file_still_being_written_is_not_swept(tmp_path: Path) -> None:
+    with files.atomic_writer(tmp_path / "x") as file:
+        file.write(b"1")
+        assert files.sweep_temporaries(tmp_path) == []
+    assert (tmp_path / "x").read_bytes() == b"1"
+
+
+def test_only_our_own_leftovers_are_swept(root: str) -> None:
+    ours = f"{files.TEMPORARY_PREFIX}{uuid.uuid4().hex}-x.tar"
+    others = {"x.tar", ".nemo-image-tmp-", ".nemo-image-tmp-notes", f"{uuid.uuid4().hex}-x.tar", f"{ours[1:]}"}
+    fs, path = files.open_fs(root)
+    if not root.startswith("teststore"):
+        fs.makedirs(path)
+    for name in (ours, *others):
+        with fs.open(f"{path}/{name}", "wb") as file:
+            file.write(b"x")
+    if root.startswith("teststore"):
+        pytest.skip("uploads to object stores leave nothing under a temporary name")
+    assert files.sweep_temporaries(root) == [ours]
+    assert _names(root) == others
+
+
+def test_young_leftovers_can_be_spared(tmp_path: Path) -> None:
+    old, young = (tmp_path / f"{files.TEMPORARY_PREFIX}{digit * 32}-x" for digit in "01")
+    for path in (old, young):
+        path.write_bytes(b"")
+    os.utime(old, (1_000_000_000, 1_000_000_000))
+    assert files.sweep_temporaries(tmp_path, older_than_s=3600) == [old.name]
+    assert _names(str(tmp_path)) == {young.name}
+
+
+def test_a_folder_named_like_a_leftover_stays(tmp_path: Path) -> None:
+    (tmp_path / f"{files.TEMPORARY_PREFIX}{'0' * 32}-x").mkdir()
+    assert files.sweep_temporaries(tmp_path) == []
+    assert len(os.listdir(tmp_path)) == 1
+
+
+def test_sweeping_no_folder_is_fine(root: str) -> None:
+    assert files.sweep_temporaries(root) == []
