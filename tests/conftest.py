@@ -30,10 +30,12 @@ def cluster() -> Iterator[Any]:
     """A real cluster of two processes, started once."""
     from distributed import Client, LocalCluster
 
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as local:
-        # Not the default: tests without a client must not find it.
-        with Client(local, set_as_default=False) as client:
-            yield client
+    # Not the default: tests without a client must not find it.
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as local,
+        Client(local, set_as_default=False) as client,
+    ):
+        yield client
 
 
 @pytest.fixture(params=["no client", "two processes"])

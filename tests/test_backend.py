@@ -99,7 +99,10 @@ def test_tables_have_the_schema_asked_for() -> None:
         ([pa.string(), pa.large_string()], pa.string()),
         ([pa.dictionary(pa.int8(), pa.string()), pa.string()], pa.string()),
         ([pa.list_(pa.float32()), pa.large_list(pa.float64())], pa.list_(pa.float64())),
-        ([pa.struct([("a", pa.int32())]), pa.struct([("b", pa.null())])], pa.struct([("a", pa.int32()), ("b", pa.null())])),
+        (
+            [pa.struct([("a", pa.int32())]), pa.struct([("b", pa.null())])],
+            pa.struct([("a", pa.int32()), ("b", pa.null())]),
+        ),
         ([pa.string(), pa.int32()], None),
     ],
 )

@@ -223,7 +223,7 @@ class ImageClassifier:
             return np.full(len(vectors), np.nan, np.float32)
         model = get_model(self._spec(device), lambda: _evaluating(self.load_model(device)))
         # An autocast around an embedder must not reach the classifier.
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(device.partition(":")[0], enabled=False):
             predictions = self._predict(model, vectors if count == len(vectors) else vectors[good])
         values = self._postprocessed(predictions)
         if count == len(vectors):

@@ -13,6 +13,7 @@ from nemo_image import schema
 from nemo_image.datasets import columns as columns_
 from nemo_image.datasets import opening
 from nemo_image.datasets.discover import discover
+from nemo_image.datasets.lineage import Lineage
 from nemo_image.datasets.load import ShardLoader
 from nemo_image.datasets.source import DatasetSource, OnMismatch
 from nemo_image.errors import ArgumentError, MissingColumnError
@@ -121,10 +122,7 @@ class ImageTextPairDataset:
         self._shards = list(shards)
         self._metadata = metadata
         self._counting_frame = metadata
-        self._provenance = dict(provenance)
-        self._pending: dict[str, Any] = {}
-        self._touched = False
-        self._reads_images = False
+        self._lineage = Lineage(known=metadata.expr._name, provenance=dict(provenance))
         self.run_totals: dict[str, Any] | None = None
 
     # What a user looks at and assigns -------------------------------------------------------------------------------
@@ -157,7 +155,12 @@ class ImageTextPairDataset:
     @property
     def provenance(self) -> dict[str, dict[str, Any]]:
         """The fingerprint of each column that nemo_image added: what made it."""
-        return dict(self._provenance)
+        return {name: dict(made) for name, made in self.lineage.provenance.items()}
+
+    @property
+    def lineage(self) -> Lineage:
+        """What operators made, what is still to compute, and whether the user has changed the frame."""
+        return self._lineage.seen(self._metadata)
 
     @property
     def metadata(self) -> Any:
@@ -175,13 +178,12 @@ class ImageTextPairDataset:
             raise MissingColumnError(
                 f"the assigned metadata lacks {', '.join(map(repr, missing))}: each row must say its shard and its id"
             )
+        self._lineage = self._lineage.seen(frame)
         self._metadata = self._counting_frame = frame
-        self._touched = True
-        self._pending = {name: dtype for name, dtype in self._pending.items() if name in frame.columns}
 
     def __len__(self) -> int:
         """Count the rows, from the files' footers where no filter was assigned."""
-        if not self._touched and self._source.on_mismatch != "drop" and not self._source.built_from_tars:
+        if not self.lineage.touched and self._source.on_mismatch != "drop" and not self._source.built_from_tars:
             options = self._source.storage_options
             return sum(parquet.read_summary(self._source.parquet_url(shard), options).rows for shard in self._shards)
         return len(self._counting_frame)
@@ -199,8 +201,8 @@ class ImageTextPairDataset:
 
     def __repr__(self) -> str:
         shards = ", ".join(self._shards[:SHOWN_SHARDS]) + (", …" if len(self._shards) > SHOWN_SHARDS else "")
-        rows = "rows not counted" if self._touched else "rows as stored"
-        pending = f"\n  to compute: {', '.join(self._pending)}" if self._pending else ""
+        rows = "rows not counted" if self.lineage.touched else "rows as stored"
+        pending = f"\n  to compute: {', '.join(self.lineage.pending)}" if self.lineage.pending else ""
         return (
             f"<ImageTextPairDataset {self.path}\n"
             f"  {len(self._shards)} shards ({shards}), {self._metadata.npartitions} partitions, {rows}\n"
@@ -241,7 +243,7 @@ class ImageTextPairDataset:
             The same rows with the columns added.
         """
         wanted = columns_.required_inputs(self._source, inputs)
-        joins_errors = schema.IMAGE_ERROR in outputs and schema.IMAGE_ERROR in self._pending
+        joins_errors = schema.IMAGE_ERROR in outputs and schema.IMAGE_ERROR in self.lineage.pending
         if joins_errors:
             wanted = list(dict.fromkeys([*wanted, schema.IMAGE_ERROR]))
         self.require_columns(wanted)
@@ -251,16 +253,13 @@ class ImageTextPairDataset:
         frame = self._metadata.assign(**{name: made[name] for name in outputs})
         result = self._copy()
         result._metadata = frame
-        result._provenance |= plain
-        result._pending |= dict(outputs)
-        result._reads_images = self._reads_images or reads_images
+        result._lineage = self.lineage.extended(frame, outputs, plain, reads_images)
         return result
 
     def with_user_columns(self, columns: Mapping[str, Any]) -> ImageTextPairDataset:
         """Return the dataset with columns of the caller's own, as if assigned to :attr:`metadata`."""
         result = self._copy()
         result._metadata = self._metadata.assign(**columns)
-        result._touched = True
         return result
 
     def require_columns(self, names: Sequence[str]) -> None:
@@ -281,8 +280,6 @@ class ImageTextPairDataset:
     def _copy(self) -> ImageTextPairDataset:
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__)
-        copy._provenance = dict(self._provenance)
-        copy._pending = dict(self._pending)
         return copy
 
     # What writes ----------------------------------------------------------------------------------------------------
@@ -409,7 +406,7 @@ class ImageTextPairDataset:
         ImageTextPairDataset
             The same rows, read from the files; itself if there is nothing pending.
         """
-        if not self._pending and not always:
+        if not self.lineage.pending and not always:
             return self
         from nemo_image.datasets import save
 

@@ -76,33 +76,35 @@ def _check_arguments(
 def _columns_to_save(dataset: ImageTextPairDataset, target: str | None, columns: Sequence[str] | None) -> SavedColumns:
     """Tell which columns the frame must give, and in which types every shard writes them."""
     source = dataset.source
+    lineage = dataset.lineage
     in_place = target is None or target == source.metadata_root
     names = list(dataset.metadata.columns) if columns is None else list(columns)
-    if in_place and not dataset._touched:
+    if in_place and not lineage.touched:
         # What the user did not touch is already in the file.
-        names = list(dataset._pending)
-    if schema.IMAGE_ERROR in dataset._pending:
+        names = list(lineage.pending)
+    if schema.IMAGE_ERROR in lineage.pending:
         # Without the reasons, a row that failed could not be told from one that is not computed yet.
         names.append(schema.IMAGE_ERROR)
     names = [name for name in dict.fromkeys(names) if name not in (schema.SHARD, source.id_col)]
     meta = dataset.metadata._meta
     fields = [pa.field(name, _saved_type(dataset, name, meta)) for name in names]
     id_type = source.schema.field(source.id_col).type if source.id_col in source.schema.names else pa.string()
-    fingerprints = {name: dataset.provenance[name] for name in names if name in dataset.provenance}
+    fingerprints = {name: lineage.provenance[name] for name in names if name in lineage.provenance}
     return SavedColumns(
         fields=fields,
         id_field=pa.field(source.id_col, id_type),
         fingerprints=fingerprints,
-        computed=[name for name in names if name in dataset._pending],
+        computed=[name for name in names if name in lineage.pending],
         in_place=in_place,
-        plan=tokenize(dataset.metadata) if dataset._touched else None,
-        reads_images=dataset._reads_images,
+        plan=tokenize(dataset.metadata) if lineage.touched else None,
+        reads_images=lineage.reads_images,
     )
 
 
 def _saved_type(dataset: ImageTextPairDataset, name: str, meta: Any) -> pa.DataType:
-    if name in dataset._pending:
-        return backend.arrow_type_of(schema.empty_frame([(name, dataset._pending[name])])[name])
+    pending = dataset.lineage.pending
+    if name in pending:
+        return backend.arrow_type_of(schema.empty_frame([(name, pending[name])])[name])
     kind = backend.arrow_type_of(meta[name])
     own = dataset.source.schema
     return own.field(name).type if pa.types.is_null(kind) and name in own.names else kind
@@ -181,5 +183,5 @@ def _causes(failures: dict[str, str]) -> str:
 
 def materialized_root(dataset: ImageTextPairDataset) -> str:
     """Return the folder in which a dataset's pending columns are materialised: one for each plan."""
-    token = tokenize(dataset.metadata, sorted(dataset._pending))
+    token = tokenize(dataset.metadata, sorted(dataset.lineage.pending))
     return files.join(dataset.source.metadata_root, ledger.FOLDER, f"materialized-{token[:16]}")

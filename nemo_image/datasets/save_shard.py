@@ -16,7 +16,7 @@ from nemo_image import backend, schema
 from nemo_image.datasets.columns import rows_by_shard, same_file, tar_identity
 from nemo_image.datasets.load import id_positions, read_rows, require_unique
 from nemo_image.datasets.source import DatasetSource
-from nemo_image.engine.ledger import Named, ShardRecord, count_failures
+from nemo_image.engine.ledger import Named, ShardRecord
 from nemo_image.errors import DatasetError, IdMismatchError, NemoImageError, ShardError
 from nemo_image.shards import files, parquet
 from nemo_image.shards.read import ShardReader, match_samples
@@ -263,11 +263,7 @@ class SaveShard:
             if dropped:
                 record.losses["without_sample"] = dropped
             record.rows_filtered -= dropped
-        record.results = {
-            name: len(table) - table[name].null_count for name in saved.computed if name != schema.IMAGE_ERROR
-        }
-        if schema.IMAGE_ERROR in table.column_names:
-            record.failures = count_failures(table[schema.IMAGE_ERROR].drop_null().to_pylist())
+        record.note_results(table, saved.computed)
         if saved.reads_images:
             self._account_samples(shard, table, record)
         record.rows_out = len(table)
@@ -291,27 +287,18 @@ class SaveShard:
         saved = self.saved
         stays = before.footer.columns if saved.in_place else {}
         made_by = {name: made for name, made in {**stays, **saved.fingerprints}.items() if name in table.column_names}
-        pending = {name: _count_pending(table, name) for name in made_by if name != schema.IMAGE_ERROR}
-        pending[schema.IMAGE_ERROR] = 0
         account = {
             name: value for name, value in record.to_dict().items() if name not in ("seconds", "error", "status")
         }
         return parquet.Footer(
             columns=made_by,
-            pending=pending,
+            pending=parquet.count_pending(table, made_by),
             source=tar_identity(self.source, shard),
             metadata_source=None if saved.in_place else before.identity,
             plan=None if saved.in_place else saved.plan,
             record=account,
             versions=library_versions(),
         )
-
-
-def _count_pending(table: pa.Table, name: str) -> int:
-    null = table[name].is_null()
-    if schema.IMAGE_ERROR in table.column_names:
-        null = pa.compute.and_(null, table[schema.IMAGE_ERROR].is_null())
-    return int(pa.compute.sum(null).as_py() or 0)
 
 
 def _identity_or_none(url: str, storage_options: Any) -> dict[str, Any] | None:

@@ -130,4 +130,10 @@ def _card_html(card: Card) -> str:
     caption = html.escape((card.caption or "")[:CAPTION_CHARACTERS])
     values = "<br>".join(f"{html.escape(name)}: {html.escape(value)}" for name, value in card.values.items())
     style = f"width:{THUMBNAIL_PIXELS}px;font-size:12px;overflow-wrap:anywhere"
-    return f'<div style="{style}">{picture}<div><b>{html.escape(card.title)}</b></div><div>{caption}</div><small>{values}</small></div>'
+    parts = [
+        picture,
+        f"<div><b>{html.escape(card.title)}</b></div>",
+        f"<div>{caption}</div>",
+        f"<small>{values}</small>",
+    ]
+    return f'<div style="{style}">{"".join(parts)}</div>'

@@ -55,7 +55,9 @@ def check_name(name: str) -> None:
     try:
         timm.get_pretrained_cfg(name)
     except RuntimeError as error:
-        raise UnknownModelError(f"timm's {architecture} has no tag {tag!r}: {', '.join(_tags(architecture))}") from error
+        raise UnknownModelError(
+            f"timm's {architecture} has no tag {tag!r}: {', '.join(_tags(architecture))}"
+        ) from error
 
 
 def _tags(architecture: str) -> list[str]:

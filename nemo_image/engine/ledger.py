@@ -14,6 +14,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import pyarrow as pa
+
+from nemo_image import schema
 from nemo_image.errors import NemoImageError
 from nemo_image.shards import files
 
@@ -105,6 +108,12 @@ class ShardRecord:
                 "out + "
                 f"{self.rows_filtered} filtered + losses {self.losses}"
             )
+
+    def note_results(self, table: pa.Table, columns: Iterable[str]) -> None:
+        """Count the results of `columns` in a written table, and its failures by their category."""
+        self.results = {name: len(table) - table[name].null_count for name in columns if name != schema.IMAGE_ERROR}
+        if schema.IMAGE_ERROR in table.column_names:
+            self.failures = count_failures(table[schema.IMAGE_ERROR].drop_null().to_pylist())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain values for JSON."""

@@ -113,9 +113,10 @@ def write_output(
     table = _rows_of(settings, shard, taken, keys, old_ids)
     record.rows_in = record.samples = len(order)
     record.rows_out = len(table)
+    record.note_results(table, settings.footer_columns)
     footer = parquet.Footer(
         columns=settings.footer_columns,
-        pending=dict.fromkeys(settings.footer_columns, 0),
+        pending=parquet.count_pending(table, settings.footer_columns),
         source=files.FileIdentity(index.size).to_dict(),
         plan=settings.token,
         record={name: value for name, value in record.to_dict().items() if name not in ("seconds", "error", "status")},

@@ -185,7 +185,7 @@ def _histogram(name: str, found: Sequence[ShardSummary]) -> Histogram:
     counts, edges = np.histogram(values, bins=BINS, weights=weights)
     return Histogram(
         [float(edge) for edge in edges],
-        [int(round(count)) for count in counts.tolist()],
+        [round(count) for count in counts.tolist()],
         sum(one.nulls.get(name, 0) for one in found),
     )
 

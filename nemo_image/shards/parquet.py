@@ -7,12 +7,13 @@ made from, and the shard's account of its rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nemo_image import schema
@@ -150,6 +151,17 @@ def write_table(url: str, table: pa.Table, footer: Footer | None, storage_option
     with files.atomic_writer(url, storage_options) as out, pq.ParquetWriter(out, table.schema) as writer:
         writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
     return read_summary(url, storage_options).rows
+
+
+def count_pending(table: pa.Table, names: Iterable[str]) -> dict[str, int]:
+    """Count, for each column, the rows that have neither a value nor a reason in ``image_error``."""
+    pending = {}
+    for name in names:
+        null = table[name].is_null()
+        if schema.IMAGE_ERROR in table.column_names:
+            null = pc.and_(null, table[schema.IMAGE_ERROR].is_null())
+        pending[name] = 0 if name == schema.IMAGE_ERROR else int(pc.sum(null).as_py() or 0)
+    return pending
 
 
 def write_groups(url: str, groups: Sequence[pa.Table], storage_options: StorageOptions = None) -> None:

@@ -1,4 +1,5 @@
-"""Exporting: members byte for byte, ids consistent in names, JSON and Parquet, whole shards, the same bytes each time."""
+"""Exporting: members byte for byte, ids consistent in names, JSON and Parquet, whole shards, the same bytes each "
+"time."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ def kept(folder: Path) -> ImageTextPairDataset:
     """Open a dataset of which 00001 has no survivor, and every third row of the others goes."""
     dataset = ImageTextPairDataset.from_webdataset(str(folder))
     metadata = dataset.metadata
-    dataset.metadata = metadata.assign(keep=~metadata["seed"].isin(list(range(0, 31, 3))) & (metadata["shard"] != "00001"))
+    dataset.metadata = metadata.assign(
+        keep=~metadata["seed"].isin(list(range(0, 31, 3))) & (metadata["shard"] != "00001")
+    )
     return dataset
 
 
@@ -151,7 +154,7 @@ def test_keep_ids_that_repeat_across_shards_is_refused(tmp_path: Path) -> None:
         write_tar(tmp_path / "in" / f"{name}.tar", [sample(1, "same")])
         write_rows(tmp_path / "in" / f"{name}.parquet", {"key": ["same"], "keep": [True]})
     dataset = ImageTextPairDataset.from_webdataset(str(tmp_path / "in"))
-    with pytest.raises(RunError, match="'same'.*keep_ids"):
+    with pytest.raises(RunError, match=r"'same'.*keep_ids"):
         dataset.to_webdataset(tmp_path / "out", "keep", keep_ids=True)
     done = dataset.to_webdataset(tmp_path / "other", "keep", old_id_col="old")
     assert done.metadata.compute()["key"].tolist() == ["000000000", "000000001"]
@@ -205,7 +208,9 @@ def test_its_own_folder_is_refused(source: Path) -> None:
 
 
 def test_odd_json_is_copied_and_noted(tmp_path: Path) -> None:
-    write_tar(tmp_path / "in" / "a.tar", [("000", {"jpg": b"x", "json": b"[1, 2]"}), ("001", {"jpg": b"y", "json": b"\xff{"})])
+    write_tar(
+        tmp_path / "in" / "a.tar", [("000", {"jpg": b"x", "json": b"[1, 2]"}), ("001", {"jpg": b"y", "json": b"\xff{"})]
+    )
     write_rows(tmp_path / "in" / "a.parquet", {"key": ["000", "001"], "keep": [True, True]})
     out = tmp_path / "out"
     ImageTextPairDataset.from_webdataset(str(tmp_path / "in")).to_webdataset(out, "keep")

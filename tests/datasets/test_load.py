@@ -168,9 +168,12 @@ def test_materialize_computes_once(tmp_path: Path) -> None:
 def test_show(tmp_path: Path) -> None:
     make_dataset(tmp_path, {"a": 2})
     write_tar(
-        tmp_path / "b.tar", [("x", {"jpg": b"broken", "txt": b"<script>alert(1)</script>", "json": json.dumps({}).encode()})]
+        tmp_path / "b.tar",
+        [("x", {"jpg": b"broken", "txt": b"<script>alert(1)</script>", "json": json.dumps({}).encode()})],
     )
-    write_rows(tmp_path / "b.parquet", {"key": ["x"], "caption": ["<script>alert(1)</script>"], "seed": [1], "score": [0.5]})
+    write_rows(
+        tmp_path / "b.parquet", {"key": ["x"], "caption": ["<script>alert(1)</script>"], "seed": [1], "score": [0.5]}
+    )
     gallery = load(tmp_path).show(3)
     text = gallery._repr_html_()
     assert text.count("data:image/jpeg;base64,") == 2

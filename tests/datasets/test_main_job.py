@@ -276,3 +276,33 @@ def test_saved_files_need_no_shim(tmp_path: Path) -> None:
     code = f"import pandas as pd; print(len(pd.read_parquet({str(tmp_path / 'a.parquet')!r})['image_embedding'][0]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 10
+
+
+def test_columns_assigned_in_place_are_the_users(tmp_path: Path) -> None:
+    make_dataset(tmp_path, {"a": 3})
+    dataset = embedder()(ImageTextPairDataset.from_webdataset(str(tmp_path)))
+    dataset.metadata["double"] = dataset.metadata["seed"] * 2
+    dataset.metadata["width"] = dataset.metadata["seed"] + 1000
+    done = dataset.save_metadata()
+    frame = done.metadata.compute()
+    assert frame["double"].tolist() == [0, 2, 4]
+    assert frame["width"].tolist() == [1000, 1001, 1002]
+    assert "width" not in done.provenance
+    assert "image_embedding" in done.provenance
+    # Changed again, and saved again: what the user says is written, and nothing is embedded twice.
+    again = embedder()(ImageTextPairDataset.from_webdataset(str(tmp_path)))
+    again.metadata["double"] = again.metadata["seed"] * 5
+    assert again.save_metadata().metadata.compute()["double"].tolist() == [0, 5, 10]
+
+
+def test_an_exported_dataset_is_not_computed_again(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "in", SIZES)
+    dataset = embedder()(ImageTextPairDataset.from_webdataset(str(tmp_path / "in")))
+    dataset.metadata["keep"] = dataset.metadata["seed"] > 3
+    out = dataset.to_webdataset(tmp_path / "out", "keep", samples_per_shard=10)
+    again = embedder()(ImageTextPairDataset.from_webdataset(str(tmp_path / "out"))).save_metadata()
+    assert again.run_totals is not None
+    assert again.run_totals["results"]["image_embedding"] == 22
+    before, _ = to_matrix(out.metadata.compute()["image_embedding"])
+    after, _ = to_matrix(again.metadata.compute()["image_embedding"])
+    assert (before == after).all()

@@ -87,7 +87,9 @@ def path(request: pytest.FixtureRequest) -> str:
 
 def make(path: str, transform: Any, **options: Any) -> Preprocessor:
     device = "cuda" if "GPU" in path else "cpu"
-    return make_preprocessor(transform, decoder=path.split()[0], device=device, **{"num_threads": 2, **options})  # type: ignore[arg-type]
+    return make_preprocessor(
+        transform, decoder=path.split(maxsplit=1)[0], device=device, **{"num_threads": 2, **options}
+    )  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------------------- promise
@@ -115,7 +117,9 @@ def test_photographs_agree_with_the_reference(path: str, name: str, subsampling:
     assert cosine.min() > 0.9998
 
 
-@pytest.mark.parametrize("mistake", [{"interpolation": "bilinear"}, {"crop_pct": 0.88}, {"mean": (0.485, 0.456, 0.406)}])
+@pytest.mark.parametrize(
+    "mistake", [{"interpolation": "bilinear"}, {"crop_pct": 0.88}, {"mean": (0.485, 0.456, 0.406)}]
+)
 def test_the_promise_is_broken_by_a_mistake(mistake: dict[str, Any]) -> None:
     blobs = photographs(0)
     wrong = create_transform(**{"input_size": (3, 160, 160), "crop_pct": 0.875, "mean": HALF, "std": HALF, **mistake})

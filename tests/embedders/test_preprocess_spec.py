@@ -46,7 +46,13 @@ def test_timms_default_transform() -> None:
         ({"crop_mode": "squash", "crop_pct": 0.9}, {"resize": "exact", "resize_size": (248, 248)}),
         (
             {"crop_mode": "border", "crop_pct": 0.9, "mean": (0.5, 0.25, 0.75)},
-            {"resize": "ratio", "resize_size": (248, 248), "longest": 1.0, "fill": (128, 64, 191), "mean": (0.5, 0.25, 0.75)},
+            {
+                "resize": "ratio",
+                "resize_size": (248, 248),
+                "longest": 1.0,
+                "fill": (128, 64, 191),
+                "mean": (0.5, 0.25, 0.75),
+            },
         ),
         ({"interpolation": "bilinear"}, {"interpolation": "bilinear"}),
         (
@@ -183,7 +189,7 @@ def test_crop_or_pad_fills_as_timm_does(width: int, height: int, border: bool) -
     found = spec_from_transform(transform)
     assert found is not None
     plan = found.plan(width, height)
-    assume(0 < min(plan.resize_w, plan.resize_h) and plan.resize_w * plan.resize_h < 10**6)
+    assume(min(plan.resize_w, plan.resize_h) > 0 and plan.resize_w * plan.resize_h < 10**6)
     expected = transform.transforms[1](resize(image))
     assert (np.asarray(_window(image, plan, found)) == np.asarray(expected)).all()
 

@@ -76,7 +76,7 @@ def test_scheduler_file_that_is_not_there() -> None:
 
 
 def test_scheduler_that_does_not_answer() -> None:
-    with pytest.raises(ClusterError, match="127.0.0.1:1"):
+    with pytest.raises(ClusterError, match=r"127\.0\.0\.1:1"):
         get_client(scheduler_address="tcp://127.0.0.1:1", timeout=1)
 
 

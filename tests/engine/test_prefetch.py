@@ -18,11 +18,10 @@ def test_an_error_comes_at_its_place() -> None:
         yield 2
         raise ValueError("third")
 
-    seen = []
+    running = prefetch(items())
+    assert [next(running), next(running)] == [1, 2]
     with pytest.raises(ValueError, match="third"):
-        for item in prefetch(items()):
-            seen.append(item)
-    assert seen == [1, 2]
+        next(running)
 
 
 def test_no_more_than_depth_is_made_ahead() -> None:

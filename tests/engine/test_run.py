@@ -59,8 +59,8 @@ def test_a_window_of_items_is_drawn_at_a_time(scheduler: Any) -> None:
 
 def test_stopping_starts_no_further_task(scheduler: Any) -> None:
     done: list[int] = []
-    for result in run_tasks(double, range(1000), on_error=lambda *_: -1, count=1000, should_stop=lambda: len(done) >= 3):
-        done.append(result)
+    results = run_tasks(double, range(1000), on_error=lambda *_: -1, count=1000, should_stop=lambda: len(done) >= 3)
+    done.extend(results)
     assert 3 <= len(done) < 100
 
 

@@ -54,7 +54,7 @@ def test_names_are_split_as_webdataset_does(
 ) -> None:
     base = name.rpartition("/")[2]
     # Where we part on purpose: a leading "./", hidden files, empty extensions.
-    assume(not name.startswith("./") and not base.startswith(".") and not base[base.find(".") :] == ".")
+    assume(not name.startswith("./") and not base.startswith(".") and base[base.find(".") :] != ".")
     key, extension = webdataset_split(name)
     assert split_member_name(name) == (None if key is None else (key, extension.lower()))
 
