@@ -113,7 +113,7 @@ def load_head(head_class: type[Head], state: Mapping[str, Tensor], where: str) -
     faults = [f"{what} {_some(names)}" for what, names in found.items() if names]
     if faults:
         raise WeightsError(f"{where} does not hold weights of {head_class.__name__}: it {'; it '.join(faults)}")
-    copies = {name: state[name].detach().to("cpu", torch.float32) for name in wanted}
+    copies = {name: state[name].detach().to("cpu", torch.float32, copy=True) for name in wanted}
     head.load_state_dict(copies, assign=True)
     return head.requires_grad_(False).eval()
 

@@ -185,7 +185,7 @@ def required_inputs(source: DatasetSource, inputs: Sequence[str]) -> list[str]:
 
 def with_earlier(frame: Any, earlier: Sequence[str]) -> Any:
     """Return a Dask frame whose operators take earlier values from the folders given."""
-    from dask.dataframe.dask_expr._collection import new_collection
+    from dask._collections import new_collection
 
     expression = frame.expr
     functions = {

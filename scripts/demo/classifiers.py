@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from safetensors.torch import load_file
-from timm.data import ImageNetInfo
+from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor
 
 from nemo_image.classifiers import ImageClassifier

@@ -80,10 +80,11 @@ def test_a_fresh_state_dict_has_the_published_layout(head_class: Any) -> None:
 
 
 @pytest.mark.parametrize(("head_class", "make_state", "oracle"), HEADS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_a_loaded_head_is_float32_in_evaluation_and_apart_from_its_source(
-    head_class: Any, make_state: Any, oracle: Numpy
+    head_class: Any, make_state: Any, oracle: Numpy, dtype: torch.dtype
 ) -> None:
-    state = {name: value.half() for name, value in make_state().items()}
+    state = {name: value.to(dtype) for name, value in make_state().items()}
     before = torch.random.get_rng_state()
     head = load_head(head_class, state, "state")
     assert torch.equal(torch.random.get_rng_state(), before)

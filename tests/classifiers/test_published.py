@@ -361,11 +361,15 @@ class TestFingerprint:
             "parents": {"image_embedding": CLIP},
         }
 
-    def test_where_and_how_fast_make_no_difference(self, aesthetic_path: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("derived", [False, True])
+    def test_where_and_how_fast_make_no_difference(self, aesthetic_path: Path, tmp_path: Path, derived: bool) -> None:
         (tmp_path / "copy.pth").write_bytes(aesthetic_path.read_bytes())
 
+        class Derived(AestheticClassifier):
+            pass
+
         def made(**arguments: Any) -> dict[str, Any]:
-            classifier = AestheticClassifier(**arguments)
+            classifier = (Derived if derived else AestheticClassifier)(**arguments)
             classifier.prepare()
             return classifier.fingerprint(CLIP)
 

@@ -5,7 +5,6 @@ Each check is also made with a mistake put in on purpose, which it must find.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ CASES = [
 
 
 @pytest.fixture(scope="module", params=CASES)
-def towers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Towers]:
+def towers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Towers:
     theirs_name, ours_name, size = request.param
     config = open_clip.get_model_config(theirs_name)
     with torch.random.fork_rng():
@@ -65,7 +64,7 @@ def towers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     transform = open_clip.image_transform(224, is_train=False, mean=mean, std=std)
     _, ours_transform = timm_models.describe(ours_name)
     gelu_name = ours_name.partition(".")[0].replace("_quickgelu", "") + ".openai"
-    yield Towers(theirs, transform, ours, ours_transform, weights, ours_name, gelu_name, size)
+    return Towers(theirs, transform, ours, ours_transform, weights, ours_name, gelu_name, size)
 
 
 @pytest.fixture(scope="module")

@@ -84,7 +84,7 @@ def test_what_is_not_allowed(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["score + 1", "caption > 5", "len(width) > 1", "score and ok", "score == None"])
 def test_what_does_not_fit_the_columns(frame: pd.DataFrame, text: str) -> None:
-    with pytest.raises(ArgumentError, match="score|caption|width"):
+    with pytest.raises(ArgumentError, match=r"score|caption|width"):
         KeepExpression(text)(frame)
 
 

@@ -95,9 +95,10 @@ def test_dali_reads_every_member_through_it(kind: int, tmp_path: Path) -> None:
 
     @pipeline_def(batch_size=5, num_threads=1, device_id=None)
     def pipeline() -> Any:
-        return fn.readers.webdataset(
+        images, texts = fn.readers.webdataset(
             paths=[tar], index_paths=[str(tmp_path / "x.idx")], ext=["jpg", "txt"], missing_component_behavior="error"
         )
+        return images, texts
 
     built = pipeline()
     built.build()
@@ -255,11 +256,11 @@ class Counted(MemoryFileSystem):
 
 def test_an_index_file_saves_waiting_for_a_remote_tar(tmp_path: Path) -> None:
     fsspec.register_implementation("counted", Counted, clobber=True)
-    fs = fsspec.filesystem("counted")
     tar = make_tar(tmp_path / "x.tar", [(f"{number}.jpg", bytes(2 * 2**20)) for number in range(20)])
     index = index_tar(tar)
     write_idx(index, "counted://d/x.idx")
-    fs.pipe_file("/d/x.tar", Path(tar).read_bytes())
+    fs, path = fsspec.core.url_to_fs("counted://d/x.tar")
+    fs.pipe_file(path, Path(tar).read_bytes())
     Counted.waits.clear()
     assert load_index("counted://d/x.tar") == index
     one_by_one = len(Counted.waits)
