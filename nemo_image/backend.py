@@ -5,7 +5,7 @@ Embeddings pass between frames and matrices through :func:`to_matrix` and :func:
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,15 +16,8 @@ import pyarrow.compute
 from nemo_image import schema
 from nemo_image.errors import EmbeddingError
 
-BackendName = Literal["cpu", "gpu"]
-
 FloatMatrix = npt.NDArray[np.floating[Any]]
 Positions = npt.NDArray[np.int64]
-
-
-def device_of(backend: BackendName) -> str:
-    """Return the torch device on which a backend's models run."""
-    return {"cpu": "cpu", "gpu": "cuda"}[backend]
 
 
 def to_matrix(series: pd.Series, size: int | None = None) -> tuple[FloatMatrix, Positions]:

@@ -236,10 +236,11 @@ def match_samples(reader: ShardReader, ids: Iterable[Any], id_col: str) -> npt.N
         logger.info("%s: keys and JSON name samples differently: the %s count", reader.tar_url, winner)
         return by_json if by_json_wins else found
     missing = [row for row, value in enumerate(ids) if value is not None and found[row] < 0]
-    if agrees is None and missing:
+    if missing:
         # Only samples that no id has claimed can be meant.
         unclaimed = sorted(set(everywhere) - set(found.tolist()))
-        found[missing] = _match_json(reader, [ids[row] for row in missing], id_col, unclaimed)
+        if agrees is None or _say_more_than_keys(reader, unclaimed, id_col):
+            found[missing] = _match_json(reader, [ids[row] for row in missing], id_col, unclaimed)
     return found
 
 
@@ -247,15 +248,27 @@ def _agrees(
     reader: ShardReader, ids: Sequence[str | int | None], id_col: str, found: npt.NDArray[np.int64]
 ) -> bool | None:
     """Tell whether the JSON of some samples found by key says the same ids; None if it says none."""
-    rows = np.flatnonzero(found >= 0)
-    rows = rows[np.linspace(0, len(rows) - 1, min(_CHECKED, len(rows))).round().astype(np.int64)]
+    rows = _spread(np.flatnonzero(found >= 0).tolist())
     agrees = None
-    for row, text in zip(rows.tolist(), _json_ids(reader, found[rows].tolist(), id_col), strict=True):
+    for row, text in zip(rows, _json_ids(reader, found[rows].tolist(), id_col), strict=True):
         if text is not None:
             if not _is_same(ids[row], text):
                 return False
             agrees = True
     return agrees
+
+
+def _say_more_than_keys(reader: ShardReader, places: Sequence[int], id_col: str) -> bool:
+    """Tell whether the JSON of some of the samples says ids other than their keys."""
+    checked = _spread(places)
+    texts = _json_ids(reader, checked, id_col)
+    keys = reader.index.keys
+    return any(text is not None and not _is_same(keys[place], text) for place, text in zip(checked, texts, strict=True))
+
+
+def _spread(values: Sequence[int]) -> list[int]:
+    """Return the first, the last, and some values between."""
+    return [values[int(i)] for i in np.linspace(0, len(values) - 1, min(_CHECKED, len(values))).round()]
 
 
 def _is_same(value: str | int | None, text: str) -> bool:
