@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,16 +18,14 @@ from nemo_image import backend, schema
 from nemo_image.datasets.columns import tar_identity
 from nemo_image.datasets.load import require_unique
 from nemo_image.datasets.partitions import PartitionTask, ShardTasks, shard_tasks
-from nemo_image.datasets.save import finish, run_shards
+from nemo_image.datasets.save import finish, materialize, run_shards
 from nemo_image.datasets.source import DatasetSource
+from nemo_image.datasets.state import DatasetState
 from nemo_image.engine.ledger import FOLDER, Named, ShardRecord
 from nemo_image.errors import ArgumentError, DatasetError, NemoImageError
 from nemo_image.export import plan, write
 from nemo_image.shards import files, parquet
 from nemo_image.shards.read import ShardReader, match_samples
-
-if TYPE_CHECKING:
-    from nemo_image.datasets.image_text_pair import ImageTextPairDataset
 
 MANIFEST = "export.json"
 
@@ -187,7 +185,7 @@ class WriteOutput:
 
 
 def export(
-    dataset: ImageTextPairDataset,
+    state: DatasetState,
     target: str,
     *,
     filter_column: str,
@@ -201,21 +199,21 @@ def export(
 
     See :meth:`ImageTextPairDataset.to_webdataset`, which calls this.
     """
-    _check_arguments(dataset, target, filter_column, samples_per_shard, max_shards, old_id_col, keep_ids)
-    options = dataset.source.storage_options
+    _check_arguments(state, target, filter_column, samples_per_shard, max_shards, old_id_col, keep_ids)
+    options = state.source.storage_options
     before = _read_manifest(target, options)
     _require_free(target, before, options)
-    dataset, tasks = _one_partition_a_shard(dataset)
-    source = dataset.source
-    counted = _count(dataset, source, filter_column)
+    state, tasks = _one_partition_a_shard(state)
+    source = state.source
+    counted = _count(state, source, filter_column)
     total = sum(record.selected for record in counted)
     if not total:
         raise DatasetError(f"no row has {filter_column!r} true and a sample in its tar: nothing to export")
     naming = plan.make_naming(total, samples_per_shard, max_shards)
-    arrow_schema = _output_schema(dataset, old_id_col, keep_ids)
+    arrow_schema = _output_schema(state, old_id_col, keep_ids)
     token = tokenize(
         [record.digest for record in counted],
-        [samples_per_shard, max_shards, old_id_col, keep_ids, shuffle_seed, dataset.id_col],
+        [samples_per_shard, max_shards, old_id_col, keep_ids, shuffle_seed, state.source.id_col],
         arrow_schema.to_string(show_schema_metadata=False),
     )
     if before is not None and before.get("token") != token:
@@ -224,12 +222,12 @@ def export(
     _write_manifest(target, {"token": token, "source": source.tar_root}, options)
     settings = write.ExportSettings(
         root=target,
-        id_col=dataset.id_col,
+        id_col=state.source.id_col,
         old_id_col=old_id_col,
         keep_ids=keep_ids,
         token=token,
         arrow_schema=arrow_schema,
-        footer_columns={name: made for name, made in dataset.provenance.items() if name in arrow_schema.names},
+        footer_columns={name: made for name, made in state.lineage.provenance.items() if name in arrow_schema.names},
         storage_options=options,
     )
     counts = [record.selected for record in counted]
@@ -243,7 +241,7 @@ def export(
 
 
 def _check_arguments(
-    dataset: ImageTextPairDataset,
+    state: DatasetState,
     target: str,
     filter_column: str,
     samples_per_shard: int,
@@ -251,8 +249,8 @@ def _check_arguments(
     old_id_col: str | None,
     keep_ids: bool,
 ) -> None:
-    dataset.require_columns([filter_column])
-    dtype = dataset.metadata._meta[filter_column].dtype
+    state.require_columns([filter_column])
+    dtype = state.frame._meta[filter_column].dtype
     if not pd.api.types.is_bool_dtype(dtype):
         raise ArgumentError(
             f"filter_column {filter_column!r} holds {dtype}, not booleans: compare it with something first"
@@ -262,11 +260,11 @@ def _check_arguments(
             raise ArgumentError(f"{name} must be a whole number, at least 1, not {value!r}")
     if keep_ids and old_id_col is not None:
         raise ArgumentError("keep_ids keeps the ids as they are, so there is no old id to keep: leave out old_id_col")
-    if old_id_col in (dataset.id_col, schema.SHARD, schema.KEY):
+    if old_id_col in (state.source.id_col, schema.SHARD, schema.KEY):
         raise ArgumentError(
             f"old_id_col {old_id_col!r} is a column that holds the new ids or shards: give another name"
         )
-    if not target or target in (dataset.source.tar_root, dataset.source.metadata_root):
+    if not target or target in (state.source.tar_root, state.source.metadata_root):
         raise ArgumentError(f"path {target!r} is the dataset's own folder: give another one")
 
 
@@ -283,20 +281,20 @@ def _require_free(target: str, before: Mapping[str, Any] | None, options: Mappin
         raise DatasetError(f"{target} holds another dataset ({there[0]}, …): give an empty folder")
 
 
-def _one_partition_a_shard(dataset: ImageTextPairDataset) -> tuple[ImageTextPairDataset, ShardTasks]:
-    """Return the dataset with nothing left to compute but reading and cheap columns, one partition a shard."""
-    dataset = dataset.materialize()
-    tasks = shard_tasks(dataset.metadata)
+def _one_partition_a_shard(state: DatasetState) -> tuple[DatasetState, ShardTasks]:
+    """Return the state with nothing left to compute but reading and cheap columns, one partition a shard."""
+    state, _ = materialize(state)
+    tasks = shard_tasks(state.frame)
     if tasks is None:
         # Joined or repartitioned: gather the rows by shard in files first.
-        dataset = dataset.materialize(always=True)
-        tasks = shard_tasks(dataset.metadata)
+        state, _ = materialize(state, always=True)
+        tasks = shard_tasks(state.frame)
     assert tasks is not None
-    return dataset, tasks
+    return state, tasks
 
 
-def _count(dataset: ImageTextPairDataset, source: DatasetSource, filter_column: str) -> list[Counted]:
-    frame = dataset.metadata[[schema.SHARD, source.id_col, filter_column]]
+def _count(state: DatasetState, source: DatasetSource, filter_column: str) -> list[Counted]:
+    frame = state.frame[[schema.SHARD, source.id_col, filter_column]]
     tasks = shard_tasks(frame)
     assert tasks is not None
     items = (CountItem(shard, task) for shard, task in tasks)
@@ -316,11 +314,11 @@ def _outputs(
         yield OutputItem(naming.shard(number), number, takes, [ordered[take.source] for take in takes])
 
 
-def _output_schema(dataset: ImageTextPairDataset, old_id_col: str | None, keep_ids: bool) -> pa.Schema:
+def _output_schema(state: DatasetState, old_id_col: str | None, keep_ids: bool) -> pa.Schema:
     """Return the output's columns: the frame's, with text ids and the shard's name as it is there."""
-    meta = dataset.metadata._meta
-    id_type = backend.arrow_type_of(meta[dataset.id_col])
-    own = dataset.source.schema
+    meta = state.frame._meta
+    id_type = backend.arrow_type_of(meta[state.source.id_col])
+    own = state.source.schema
     kinds: dict[str, pa.DataType] = {}
     for name in meta.columns:
         if name == schema.KEPT:
@@ -328,7 +326,7 @@ def _output_schema(dataset: ImageTextPairDataset, old_id_col: str | None, keep_i
         kind = backend.arrow_type_of(meta[name])
         kinds[name] = own.field(name).type if pa.types.is_null(kind) and name in own.names else kind
     if not keep_ids:
-        kinds[dataset.id_col] = pa.string()
+        kinds[state.source.id_col] = pa.string()
         if schema.KEY in kinds:
             kinds[schema.KEY] = pa.string()
         if old_id_col is not None:

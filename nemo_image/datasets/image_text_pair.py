@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import dask.dataframe as dd
 import pandas as pd
 
 from nemo_image import schema
 from nemo_image.datasets import columns as columns_
-from nemo_image.datasets import opening
+from nemo_image.datasets import export, opening, save
 from nemo_image.datasets.discover import discover
 from nemo_image.datasets.lineage import Lineage
-from nemo_image.datasets.load import ShardLoader
+from nemo_image.datasets.show import Gallery
 from nemo_image.datasets.source import DatasetSource, OnMismatch
+from nemo_image.datasets.state import DatasetState
 from nemo_image.errors import ArgumentError, MissingColumnError
 from nemo_image.shards import parquet
-
-if TYPE_CHECKING:
-    from nemo_image.datasets.show import Gallery
 
 SHOWN_SHARDS = 3
 
@@ -70,7 +67,8 @@ class ImageTextPairDataset:
             id_col=id_col,
             schema=opening.schema_of_frame(metadata),
         )
-        self._set_up(source, found.shards, metadata, {})
+        # The frame is the user's own: what the files hold, if there are any, says nothing of it.
+        self._set_up(DatasetState(source, found.shards, metadata, Lineage(metadata.expr._name, touched=True)))
 
     @classmethod
     def from_webdataset(
@@ -105,25 +103,21 @@ class ImageTextPairDataset:
         DatasetError
             If there is no such folder, no tar, a tar or Parquet file without its partner, or no column `id_col`.
         """
-        return cls._opened(opening.open_webdataset(path, id_col, sidecars, on_mismatch, storage_options))
+        return cls._of(DatasetState.of(opening.open_webdataset(path, id_col, sidecars, on_mismatch, storage_options)))
 
     @classmethod
-    def _opened(cls, opened: opening.Opened) -> ImageTextPairDataset:
-        loader = ShardLoader(opened.source)
+    def _of(cls, state: DatasetState, run_totals: dict[str, Any] | None = None) -> ImageTextPairDataset:
         dataset = cls.__new__(cls)
-        metadata = dd.from_map(loader, opened.shards, meta=loader.meta(), label="load-shard")
-        dataset._set_up(opened.source, opened.shards, metadata, opened.provenance)
+        dataset._set_up(state, run_totals)
         return dataset
 
-    def _set_up(
-        self, source: DatasetSource, shards: Sequence[str], metadata: Any, provenance: Mapping[str, dict[str, Any]]
-    ) -> None:
-        self._source = source
-        self._shards = list(shards)
-        self._metadata = metadata
-        self._counting_frame = metadata
-        self._lineage = Lineage(known=metadata.expr._name, provenance=dict(provenance))
-        self.run_totals: dict[str, Any] | None = None
+    def _set_up(self, state: DatasetState, run_totals: dict[str, Any] | None = None) -> None:
+        self._source = state.source
+        self._shards = list(state.shards)
+        self._metadata = state.frame
+        self._counting_frame = state.frame
+        self._lineage = state.lineage
+        self.run_totals = run_totals
 
     # What a user looks at and assigns -------------------------------------------------------------------------------
 
@@ -156,6 +150,11 @@ class ImageTextPairDataset:
     def provenance(self) -> dict[str, dict[str, Any]]:
         """The fingerprint of each column that nemo_image added: what made it."""
         return {name: dict(made) for name, made in self.lineage.provenance.items()}
+
+    @property
+    def state(self) -> DatasetState:
+        """The dataset's parts at this moment."""
+        return DatasetState(self._source, self._shards, self._metadata, self.lineage)
 
     @property
     def lineage(self) -> Lineage:
@@ -194,10 +193,17 @@ class ImageTextPairDataset:
         return frame
 
     def show(self, n: int = 10) -> Gallery:
-        """Show the first `n` pictures with captions and scores, in a notebook."""
-        from nemo_image.datasets.show import Gallery
+        """Show the first `n` pictures with captions and scores, in a notebook.
 
-        return Gallery.of(self, n)
+        Raises
+        ------
+        ArgumentError
+            If `n` is less than 1.
+        """
+        if n < 1:
+            raise ArgumentError(f"n must be at least 1, not {n}")
+        # From as many partitions as it takes: a filter may leave the first ones empty.
+        return Gallery.of(self.head(n, npartitions=-1), self._source)
 
     def __repr__(self) -> str:
         shards = ", ".join(self._shards[:SHOWN_SHARDS]) + (", …" if len(self._shards) > SHOWN_SHARDS else "")
@@ -270,12 +276,7 @@ class ImageTextPairDataset:
         MissingColumnError
             Naming it, and the columns that are there.
         """
-        missing = [name for name in names if name not in self._metadata.columns]
-        if missing:
-            raise MissingColumnError(
-                f"the metadata has no column {', '.join(map(repr, missing))}; it has "
-                f"{', '.join(self._metadata.columns)}"
-            )
+        self.state.require_columns(names)
 
     def _copy(self) -> ImageTextPairDataset:
         copy = object.__new__(type(self))
@@ -289,7 +290,7 @@ class ImageTextPairDataset:
         path: str | os.PathLike[str] | None = None,
         columns: Sequence[str] | None = None,
         resume: bool = True,
-        max_failure_ratio: float = 0.05,
+        max_failure_ratio: float = save.DEFAULT_FAILURE_RATIO,
     ) -> ImageTextPairDataset:
         """Compute the metadata and write one Parquet file a shard, each atomically.
 
@@ -323,13 +324,8 @@ class ImageTextPairDataset:
         TooManyFailuresError
             If the run was stopped early.
         """
-        from nemo_image.datasets import save
-
         target = None if path is None else os.fspath(path).rstrip("/")
-        totals = save.save(self, target, columns, resume, max_failure_ratio)
-        saved = type(self)._opened(opening.reopen(self._source, self._shards, target))
-        saved.run_totals = totals
-        return saved
+        return type(self)._of(*save.save(self.state, target, columns, resume, max_failure_ratio))
 
     def to_webdataset(
         self,
@@ -374,11 +370,10 @@ class ImageTextPairDataset:
         RunError
             If shards failed.
         """
-        from nemo_image.datasets import export
-
+        target = os.fspath(path).rstrip("/")
         totals = export.export(
-            self,
-            os.fspath(path).rstrip("/"),
+            self.state,
+            target,
             filter_column=filter_column,
             samples_per_shard=samples_per_shard,
             max_shards=max_shards,
@@ -387,7 +382,7 @@ class ImageTextPairDataset:
             shuffle_seed=shuffle_seed,
         )
         options = dict(self._source.storage_options) or None
-        exported = type(self).from_webdataset(path, id_col=self.id_col, storage_options=options)
+        exported = type(self).from_webdataset(target, id_col=self.id_col, storage_options=options)
         exported.run_totals = totals
         return exported
 
@@ -406,8 +401,5 @@ class ImageTextPairDataset:
         ImageTextPairDataset
             The same rows, read from the files; itself if there is nothing pending.
         """
-        if not self.lineage.pending and not always:
-            return self
-        from nemo_image.datasets import save
-
-        return self.save_metadata(save.materialized_root(self))
+        state, totals = save.materialize(self.state, always)
+        return self if totals is None else type(self)._of(state, totals)

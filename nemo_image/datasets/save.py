@@ -7,7 +7,7 @@ import os
 import posixpath
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 from dask.base import tokenize
@@ -17,51 +17,51 @@ from nemo_image.datasets import opening, scattered
 from nemo_image.datasets.columns import with_earlier
 from nemo_image.datasets.partitions import shard_tasks
 from nemo_image.datasets.save_shard import SavedColumns, SaveShard
+from nemo_image.datasets.state import DatasetState
 from nemo_image.engine import ledger
 from nemo_image.engine.progress import Progress
 from nemo_image.engine.run import run_tasks
 from nemo_image.errors import ArgumentError, RunError, TooManyFailuresError
 from nemo_image.shards import files
 
-if TYPE_CHECKING:
-    from nemo_image.datasets.image_text_pair import ImageTextPairDataset
-
 logger = logging.getLogger("nemo_image")
 
 FAILURES_NAMED = 10
+DEFAULT_FAILURE_RATIO = 0.05
 
 
 def save(
-    dataset: ImageTextPairDataset,
+    state: DatasetState,
     target: str | None,
     columns: Sequence[str] | None,
     resume: bool,
     max_failure_ratio: float,
-) -> dict[str, Any]:
-    """Compute and write a dataset's metadata; return the run's totals.
+) -> tuple[DatasetState, dict[str, Any]]:
+    """Compute and write a dataset's metadata; return the saved dataset, re-read, and the run's totals.
 
     See :meth:`ImageTextPairDataset.save_metadata`, which calls this.
     """
-    _check_arguments(dataset, target, columns, max_failure_ratio)
-    source = dataset.source
+    _check_arguments(state, target, columns, max_failure_ratio)
+    source = state.source
     root = target or source.metadata_root
     files.sweep_temporaries(root, storage_options=source.storage_options)
-    _write_manifest(dataset, target)
-    saved = _columns_to_save(dataset, target, columns)
-    frame = dataset.metadata[[schema.SHARD, source.id_col, *(field.name for field in saved.fields)]]
+    _write_manifest(state, target)
+    saved = _columns_to_save(state, target, columns)
+    frame = state.frame[[schema.SHARD, source.id_col, *(field.name for field in saved.fields)]]
     frame = with_earlier(frame, (root, source.metadata_root) if resume else ())
     work = SaveShard(source, root, saved, resume=resume)
-    with scattered.saved_items(frame, shard_tasks(frame), dataset.shards, root, source) as items:
-        records = run_shards("save_metadata", work, items, len(dataset.shards), max_failure_ratio)
-    return finish(root, "save_metadata", records, source.storage_options)
+    with scattered.saved_items(frame, shard_tasks(frame), state.shards, root, source) as items:
+        records = run_shards("save_metadata", work, items, len(state.shards), max_failure_ratio)
+    totals = finish(root, "save_metadata", records, source.storage_options)
+    return DatasetState.of(opening.reopen(source, state.shards, target)), totals
 
 
 def _check_arguments(
-    dataset: ImageTextPairDataset, target: str | None, columns: Sequence[str] | None, max_failure_ratio: float
+    state: DatasetState, target: str | None, columns: Sequence[str] | None, max_failure_ratio: float
 ) -> None:
     if not 0 <= max_failure_ratio <= 1:
         raise ArgumentError(f"max_failure_ratio must lie in [0, 1], not {max_failure_ratio}")
-    if target is not None and target in ("", dataset.source.tar_root) and target != dataset.source.metadata_root:
+    if target is not None and target in ("", state.source.tar_root) and target != state.source.metadata_root:
         raise ArgumentError(f"path {target!r} is where the tars lie: give another folder, or none to enrich in place")
     if columns is not None:
         if target is None:
@@ -70,15 +70,15 @@ def _check_arguments(
             )
         if isinstance(columns, str):
             raise ArgumentError(f"columns must be a list of names, not a string: [{columns!r}]")
-        dataset.require_columns(columns)
+        state.require_columns(columns)
 
 
-def _columns_to_save(dataset: ImageTextPairDataset, target: str | None, columns: Sequence[str] | None) -> SavedColumns:
+def _columns_to_save(state: DatasetState, target: str | None, columns: Sequence[str] | None) -> SavedColumns:
     """Tell which columns the frame must give, and in which types every shard writes them."""
-    source = dataset.source
-    lineage = dataset.lineage
+    source = state.source
+    lineage = state.lineage
     in_place = target is None or target == source.metadata_root
-    names = list(dataset.metadata.columns) if columns is None else list(columns)
+    names = list(state.frame.columns) if columns is None else list(columns)
     if in_place and not lineage.touched:
         # What the user did not touch is already in the file.
         names = list(lineage.pending)
@@ -86,8 +86,8 @@ def _columns_to_save(dataset: ImageTextPairDataset, target: str | None, columns:
         # Without the reasons, a row that failed could not be told from one that is not computed yet.
         names.append(schema.IMAGE_ERROR)
     names = [name for name in dict.fromkeys(names) if name not in (schema.SHARD, source.id_col)]
-    meta = dataset.metadata._meta
-    fields = [pa.field(name, _saved_type(dataset, name, meta)) for name in names]
+    meta = state.frame._meta
+    fields = [pa.field(name, _saved_type(state, name, meta)) for name in names]
     id_type = source.schema.field(source.id_col).type if source.id_col in source.schema.names else pa.string()
     fingerprints = {name: lineage.provenance[name] for name in names if name in lineage.provenance}
     return SavedColumns(
@@ -96,23 +96,23 @@ def _columns_to_save(dataset: ImageTextPairDataset, target: str | None, columns:
         fingerprints=fingerprints,
         computed=[name for name in names if name in lineage.pending],
         in_place=in_place,
-        plan=tokenize(dataset.metadata) if lineage.touched else None,
+        plan=tokenize(state.frame) if lineage.touched else None,
         reads_images=lineage.reads_images,
     )
 
 
-def _saved_type(dataset: ImageTextPairDataset, name: str, meta: Any) -> pa.DataType:
-    pending = dataset.lineage.pending
+def _saved_type(state: DatasetState, name: str, meta: Any) -> pa.DataType:
+    pending = state.lineage.pending
     if name in pending:
         return backend.arrow_type_of(schema.empty_frame([(name, pending[name])])[name])
     kind = backend.arrow_type_of(meta[name])
-    own = dataset.source.schema
+    own = state.source.schema
     return own.field(name).type if pa.types.is_null(kind) and name in own.names else kind
 
 
-def _write_manifest(dataset: ImageTextPairDataset, target: str | None) -> None:
-    source = dataset.source
-    folders = sorted({posixpath.dirname(shard) for shard in dataset.shards})
+def _write_manifest(state: DatasetState, target: str | None) -> None:
+    source = state.source
+    folders = sorted({posixpath.dirname(shard) for shard in state.shards})
     if target is not None and target != source.metadata_root:
         values: dict[str, Any] = {"tar_root": _absolute(source.tar_root), "folders": folders, "id_col": source.id_col}
         opening.write_manifest(target, values, source.storage_options)
@@ -181,7 +181,13 @@ def _causes(failures: dict[str, str]) -> str:
     return "; ".join(named) + (f"; and {more} more" if more > 0 else "")
 
 
-def materialized_root(dataset: ImageTextPairDataset) -> str:
-    """Return the folder in which a dataset's pending columns are materialised: one for each plan."""
-    token = tokenize(dataset.metadata, sorted(dataset.lineage.pending))
-    return files.join(dataset.source.metadata_root, ledger.FOLDER, f"materialized-{token[:16]}")
+def materialize(state: DatasetState, always: bool = False) -> tuple[DatasetState, dict[str, Any] | None]:
+    """Compute what is pending into the dataset's ``_nemo_image/`` folder, one folder for each plan.
+
+    See :meth:`ImageTextPairDataset.materialize`, which calls this.
+    """
+    if not state.lineage.pending and not always:
+        return state, None
+    token = tokenize(state.frame, sorted(state.lineage.pending))
+    target = files.join(state.source.metadata_root, ledger.FOLDER, f"materialized-{token[:16]}")
+    return save(state, target, None, resume=True, max_failure_ratio=DEFAULT_FAILURE_RATIO)

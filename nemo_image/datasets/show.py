@@ -6,18 +6,16 @@ import base64
 import html
 import io
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from nemo_image import backend, schema
 from nemo_image.datasets.columns import rows_by_shard
 from nemo_image.datasets.samples import samples_of_rows
-from nemo_image.errors import ArgumentError, ImageError
+from nemo_image.datasets.source import DatasetSource
+from nemo_image.errors import ImageError
 from nemo_image.shards.read import ShardReader
-
-if TYPE_CHECKING:
-    from nemo_image.datasets.image_text_pair import ImageTextPairDataset
 
 THUMBNAIL_PIXELS = 192
 CAPTION_CHARACTERS = 200
@@ -41,22 +39,13 @@ class Gallery:
         self.cards = cards
 
     @classmethod
-    def of(cls, dataset: ImageTextPairDataset, n: int) -> Gallery:
-        """Make cards of the first `n` rows.
-
-        Raises
-        ------
-        ArgumentError
-            If `n` is less than 1.
-        """
-        if n < 1:
-            raise ArgumentError(f"n must be at least 1, not {n}")
-        # From as many partitions as it takes: a filter may leave the first ones empty.
-        frame = dataset.head(n, npartitions=-1).reset_index(drop=True)
+    def of(cls, frame: pd.DataFrame, source: DatasetSource) -> Gallery:
+        """Make a card of each row."""
+        frame = frame.reset_index(drop=True)
         cards: dict[int, Card] = {}
         for shard, places in rows_by_shard(frame).items() if len(frame) else ():
             rows = frame.iloc[places]
-            for place, card in zip(places, _cards_of_shard(dataset, shard, rows), strict=True):
+            for place, card in zip(places, _cards_of_shard(source, shard, rows), strict=True):
                 cards[int(place)] = card
         return cls([cards[place] for place in sorted(cards)])
 
@@ -69,8 +58,7 @@ class Gallery:
         )
 
 
-def _cards_of_shard(dataset: ImageTextPairDataset, shard: str, rows: pd.DataFrame) -> list[Card]:
-    source = dataset.source
+def _cards_of_shard(source: DatasetSource, shard: str, rows: pd.DataFrame) -> list[Card]:
     ids = rows[source.id_col].tolist()
     cards = []
     with ShardReader(source.tar_url(shard), source.storage_options) as reader:

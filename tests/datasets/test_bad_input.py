@@ -226,6 +226,7 @@ def test_constructor_frame_without_shard(tmp_path: Path) -> None:
         ImageTextPairDataset(tmp_path, dd.from_pandas(frame, npartitions=1), tars, "key")
     dataset = ImageTextPairDataset(tmp_path, dd.from_pandas(frame, npartitions=2), tars, "key")
     assert dataset.metadata.compute()["shard"].tolist() == ["a", "a", "b", "b"]
+    assert len(dataset) == 4
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.5])

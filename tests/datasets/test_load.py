@@ -153,6 +153,24 @@ def test_metadata_with_users_own_columns_in_place(tmp_path: Path) -> None:
     assert done.metadata.compute()["double"].tolist() == [0, 2, 6, 9, 12]
 
 
+def test_a_frame_of_the_users_own_is_embedded_and_saved(tmp_path: Path) -> None:
+    import dask.dataframe as dd
+
+    write_tar(tmp_path / "a.tar", [sample(0, "000"), sample(1, "001")])
+    write_tar(tmp_path / "b.tar", [sample(2, "000")])
+    rows = pd.DataFrame({"key": ["000", "000", "001"], "shard": ["b", "a", "a"], "seed": [2, 0, 1]})
+    tars = [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
+    dataset = ImageTextPairDataset(tmp_path, dd.from_pandas(rows, npartitions=1), tars, "key")
+    done = TimmImageEmbedder(TINY_MODEL, autocast=False)(dataset).save_metadata()
+    frame = done.metadata.compute()
+    assert frame[["shard", "key", "seed"]].astype(str).values.tolist() == [
+        ["a", "000", "0"],
+        ["a", "001", "1"],
+        ["b", "000", "2"],
+    ]
+    assert frame["image_embedding"].notna().all()
+
+
 def test_materialize_computes_once(tmp_path: Path) -> None:
     make_dataset(tmp_path, {"a": 3})
     lazy = TimmImageEmbedder(TINY_MODEL, autocast=False)(load(tmp_path))
