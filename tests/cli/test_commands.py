@@ -39,7 +39,9 @@ def test_help_has_an_example(command: list[str]) -> None:
 def test_curate_embeds_filters_and_exports(tmp_path: Path) -> None:
     make_dataset(tmp_path / "in", {"a": 9, "b": 8})
     before = {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()}
-    done = curate(tmp_path / "in", tmp_path / "out", "--keep", "score >= 0.5", "--keep", "score < 1.2", "--samples-per-shard", 3)
+    done = curate(
+        tmp_path / "in", tmp_path / "out", "--keep", "score >= 0.5", "--keep", "score < 1.2", "--samples-per-shard", 3
+    )
     found = result_of(done)
     assert (found["rows_in"], found["rows_out"], found["rows_filtered"], found["shards_out"]) == (17, 7, 10, 3)
     assert found["results"]["image_embedding"] == 17
@@ -127,7 +129,9 @@ def test_index_writes_beside_each_tar(tmp_path: Path) -> None:
 def test_inspect_counts(tmp_path: Path) -> None:
     make_dataset(tmp_path, {"a": 4})
     write_tar(tmp_path / "b.tar", [("x", {"png": encoded(picture(1), "PNG")}), ("y", {"txt": b"only text"})])
-    write_rows(tmp_path / "b.parquet", {"key": ["x", "z"], "caption": ["c", None], "seed": [1, 2], "score": [0.5, None]})
+    write_rows(
+        tmp_path / "b.parquet", {"key": ["x", "z"], "caption": ["c", None], "seed": [1, 2], "score": [0.5, None]}
+    )
     found = result_of(run("inspect", tmp_path, "--json"))
     assert (found["shards"], found["rows"], found["samples"]) == (2, 6, 6)
     assert (found["rows_without_sample"], found["samples_without_row"], found["samples_without_image"]) == (1, 1, 1)

@@ -153,7 +153,9 @@ def test_changed_code_is_computed_anew(tmp_path: Path) -> None:
     Doubled.__qualname__ = MeanColour.__qualname__
     Doubled.__module__ = MeanColour.__module__
     done = Doubled()(ImageTextPairDataset.from_webdataset(str(tmp_path))).save_metadata()
-    assert np.allclose(to_matrix(done.metadata.compute()["image_embedding"])[0], [2 * colour(0), 2 * colour(1)], atol=1e-3)
+    assert np.allclose(
+        to_matrix(done.metadata.compute()["image_embedding"])[0], [2 * colour(0), 2 * colour(1)], atol=1e-3
+    )
 
 
 def test_methods_that_are_not_overridden() -> None:
