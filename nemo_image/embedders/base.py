@@ -32,7 +32,7 @@ class ShardEmbeddings:
     matrix : ndarray of float, shape (n, size)
         The embeddings, of as many rows as have one.
     rows : ndarray of int64, shape (n,)
-        The position of each among the rows asked for, ascending.
+        The position of each among the rows asked for, in any order.
     errors : dict of int to str
         Reason by position, for rows without an embedding.
     widths, heights : dict of int to int

@@ -277,8 +277,7 @@ class PreparedTimmEmbedder(TimmImageEmbedder):
                     vectors.append(self._embed(normalized(prepare, batch, self.device)))
                     places.append(batch_rows[batch.rows])
         if vectors:
-            order = np.argsort(np.concatenate(places))
-            found.matrix, found.rows = np.concatenate(vectors)[order], np.concatenate(places)[order]
+            found.matrix, found.rows = np.concatenate(vectors), np.concatenate(places)
         done = finished(found.matrix, found.rows, found.errors, normalize=self.normalize_embeddings)
         done.widths, done.heights = found.widths, found.heights
         return done
