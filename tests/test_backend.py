@@ -50,7 +50,7 @@ def test_many_chunks() -> None:
 
 def test_unequal_and_unexpected_lengths() -> None:
     ragged = pd.Series(pd.arrays.ArrowExtensionArray(pa.array([[1.0], [1.0, 2.0]], pa.list_(pa.float32()))), name="emb")
-    with pytest.raises(EmbeddingError, match="'emb'.*different lengths, from 1 to 2"):
+    with pytest.raises(EmbeddingError, match=r"'emb'.*different lengths, from 1 to 2"):
         backend.to_matrix(ragged)
     with pytest.raises(EmbeddingError, match="of 1 numbers, 5 are needed"):
         backend.to_matrix(ragged.iloc[:1], size=5)

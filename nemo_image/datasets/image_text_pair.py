@@ -16,10 +16,12 @@ from nemo_image.datasets.lineage import Lineage
 from nemo_image.datasets.show import Gallery
 from nemo_image.datasets.source import DatasetSource, OnMismatch
 from nemo_image.datasets.state import DatasetState
-from nemo_image.errors import ArgumentError, MissingColumnError
+from nemo_image.errors import ArgumentError, MissingColumnError, ShardError
 from nemo_image.shards import parquet
 
 SHOWN_SHARDS = 3
+COUNTED_SHARDS = 100
+"""A `repr` reads the footers of so many shards at most."""
 
 
 class ImageTextPairDataset:
@@ -207,7 +209,7 @@ class ImageTextPairDataset:
 
     def __repr__(self) -> str:
         shards = ", ".join(self._shards[:SHOWN_SHARDS]) + (", …" if len(self._shards) > SHOWN_SHARDS else "")
-        rows = "rows not counted" if self.lineage.touched else "rows as stored"
+        rows = self._rows_said()
         pending = f"\n  to compute: {', '.join(self.lineage.pending)}" if self.lineage.pending else ""
         return (
             f"<ImageTextPairDataset {self.path}\n"
@@ -215,6 +217,14 @@ class ImageTextPairDataset:
             f"  id_col: {self.id_col}\n"
             f"  columns: {', '.join(self._metadata.columns)}{pending}>"
         )
+
+    def _rows_said(self) -> str:
+        if self.lineage.touched or self._source.built_from_tars or len(self._shards) > COUNTED_SHARDS:
+            return "rows not counted"
+        try:
+            return f"{len(self):,} rows"
+        except ShardError:
+            return "rows unknown (a Parquet file is unreadable)"
 
     # What operators use ---------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import logging
 import os
 import posixpath
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -52,7 +52,7 @@ def save(
     work = SaveShard(source, root, saved, resume=resume)
     with scattered.saved_items(frame, shard_tasks(frame), state.shards, root, source) as items:
         records = run_shards("save_metadata", work, items, len(state.shards), max_failure_ratio)
-    totals = finish(root, "save_metadata", records, source.storage_options)
+    totals = finish(root, "save_metadata", records, source.storage_options, saved.fingerprints)
     return DatasetState.of(opening.reopen(source, state.shards, target)), totals
 
 
@@ -161,9 +161,15 @@ def _dead_task(item: Any, error: BaseException) -> ledger.ShardRecord:
     return ledger.ShardRecord(shard=item.shard, status="failed", error=f"{type(error).__name__}: {error}")
 
 
-def finish(root: str, kind: str, records: Sequence[ledger.ShardRecord], storage_options: Any) -> dict[str, Any]:
+def finish(
+    root: str,
+    kind: str,
+    records: Sequence[ledger.ShardRecord],
+    storage_options: Any,
+    made_by: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Write the ledger of a run; raise if shards failed."""
-    url, totals = ledger.write_ledger(root, kind, records, storage_options)
+    url, totals = ledger.write_ledger(root, kind, records, storage_options, made_by)
     totals["ledger"] = url
     failures: dict[str, str] = totals["failed_shards"]
     if failures:

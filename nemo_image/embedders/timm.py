@@ -118,7 +118,7 @@ class TimmImageEmbedder(ImageEmbedder):
         super().prepare(dataset)
         self._check_arguments()
         timm_models.check_name(self.model_name)
-        identity = timm_models.weights_identity(self.model_name, self.pretrained, self.weights)
+        model, identity = timm_models.identified_model(self.model_name, self.pretrained, self.weights)
         if identity == timm_models.RANDOM_WEIGHTS:
             logger.warning(
                 "%s has no trained weights (pretrained=False and no weights=): its embeddings are those of a random "
@@ -127,7 +127,7 @@ class TimmImageEmbedder(ImageEmbedder):
             )
         size, transform = timm_models.describe(self.model_name)
         prepared = PreparedTimmEmbedder(self, identity, size, _transform_record(transform), "float32")
-        prepared.load_checked()
+        prepared.model(loaded=model)
         if self.autocast:
             prepared.dtype = prepared.settled_dtype(dataset)
         return prepared
@@ -214,8 +214,13 @@ class PreparedTimmEmbedder(TimmImageEmbedder):
             "embedding_size": self.size,
         }
 
-    def load_checked(self) -> Any:
+    def model(self, loaded: Any = None) -> Any:
         """Return this process's copy of the model, loaded on first use.
+
+        Parameters
+        ----------
+        loaded : torch.nn.Module, optional
+            The model, where the caller has just built it.
 
         Raises
         ------
@@ -225,16 +230,14 @@ class PreparedTimmEmbedder(TimmImageEmbedder):
         spec = ModelSpec(
             kind="timm", name=self.model_name, weights_sha256=self.identity, dtype="float32", device=self.device
         )
-        return get_model(spec, self._load)
+        return get_model(spec, lambda: self._load() if loaded is None else loaded.to(self.device))
 
     def _load(self) -> Any:
-        if self.weights is not None:
-            found = timm_models.weights_identity(self.model_name, self.pretrained, self.weights)
-            if found != self.identity:
-                raise WeightsError(
-                    f"{self.weights} on this machine has SHA-256 {found}, the client's has {self.identity}"
-                )
-        return self.load_embedding_model(self.device)
+        model, found = timm_models.identified_model(self.model_name, self.pretrained, self.weights)
+        if found != self.identity:
+            source = self.weights or f"the hub's copy of {self.model_name}"
+            raise WeightsError(f"{source} on this machine has SHA-256 {found}, the client's has {self.identity}")
+        return model.to(self.device)
 
     def settled_dtype(self, dataset: ImageTextPairDataset) -> str:
         """Return the number type: the one that finished rows were made with, or what a probe finds."""
@@ -268,7 +271,7 @@ class PreparedTimmEmbedder(TimmImageEmbedder):
             found = ShardEmbeddings(np.zeros((0, self.size), np.float32), np.array([], np.int64), errors)
             vectors: list[npt.NDArray[Any]] = []
             places: list[npt.NDArray[np.int64]] = []
-            self.load_checked()
+            self.model()
             decode_threads = max(1, min(self.num_threads_per_worker, threads.task_share()))
             prepare = self.preprocessor(self.device, decode_threads)
             for batch_rows, batch in prefetch(self._prepared(prepare, reader, images, rows)):
@@ -306,7 +309,7 @@ class PreparedTimmEmbedder(TimmImageEmbedder):
     def _forward_as(self, pixels: Any, dtype: str) -> Any:
         import torch
 
-        model = self.load_checked()
+        model = self.model()
         kind = self.device.split(":")[0]
         with torch.inference_mode(), torch.autocast(kind, getattr(torch, dtype), enabled=dtype != "float32"):
             return model(pixels).float()

@@ -78,19 +78,25 @@ def keeps_head(name: str) -> bool:
     return "clip" in f"{architecture}.{tag}" and "_ft_" not in f"{tag}_" and bool(getattr(cfg, "num_classes", 0))
 
 
-def weights_identity(name: str, pretrained: bool, weights: str | None) -> str:
-    """Return the SHA-256 of a model's weights, fetching them on this machine if need be.
+def identified_model(name: str, pretrained: bool, weights: str | None) -> tuple[Any, str]:
+    """Build a model, and return it with the identity of its weights, the same on every machine that has them.
+
+    Returns
+    -------
+    model : torch.nn.Module
+        See :func:`create_model`.
+    identity : str
+        SHA-256 of the file; of the tensors themselves where they come from the hub; `RANDOM_WEIGHTS`.
 
     Raises
     ------
     WeightsError
-        If they cannot be had.
+        If the weights cannot be had, or are another model's.
     """
+    model = create_model(name, pretrained, weights)
     if weights is not None:
-        return sha256_file(weights)
-    if not pretrained:
-        return RANDOM_WEIGHTS
-    return state_sha256(create_model(name, pretrained=True, weights=None).state_dict())
+        return model, sha256_file(weights)
+    return model, state_sha256(model.state_dict()) if pretrained else RANDOM_WEIGHTS
 
 
 def create_model(name: str, pretrained: bool, weights: str | None) -> Any:

@@ -165,14 +165,19 @@ def total(records: Iterable[ShardRecord]) -> dict[str, Any]:
 
 
 def write_ledger(
-    root: str, kind: str, records: Iterable[ShardRecord], storage_options: Mapping[str, Any] | None = None
+    root: str,
+    kind: str,
+    records: Iterable[ShardRecord],
+    storage_options: Mapping[str, Any] | None = None,
+    made_by: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """Write a run's ledger below `root` and return its URL and the run's totals.
 
-    The file has one JSON object a line: each shard's record in the order of their names, then ``{"run": totals}``.
+    The file has one JSON object a line: each shard's record in the order of their names, then ``{"run": totals}``, with
+    the fingerprints of the columns (`made_by`) that the run wrote.
     """
     ordered = sorted(records, key=lambda record: record.shard)
-    totals = total(ordered)
+    totals = {**total(ordered), "made_by": dict(made_by or {})}
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
     url = files.join(root, FOLDER, f"{kind}-{stamp}-{uuid.uuid4().hex[:8]}.jsonl")
     lines = [*(record.to_dict() for record in ordered), {"run": totals}]

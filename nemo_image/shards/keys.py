@@ -14,7 +14,7 @@ from nemo_image.errors import IdMismatchError
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"})
 
-_DECIMAL = re.compile(r"(-?)0*([0-9]{1,20})", re.ASCII)  # 20 digits hold every 64-bit integer
+_DECIMAL = re.compile(r"(-?)0*([0-9]{1,20})")  # 20 digits hold every 64-bit integer
 
 
 def split_member_name(name: str) -> tuple[str, str] | None:

@@ -33,6 +33,8 @@ def test_one_partition_a_shard_with_its_name(tmp_path: Path) -> None:
     assert len(dataset.head(2)) == 2
     assert [Path(tar).name for tar in dataset.tar_files] == ["a.tar", "b.tar"]
     assert "2 shards" in repr(dataset)
+    assert "5 rows" in repr(dataset)
+    assert "score" in repr(dataset)
 
 
 def test_opening_reads_one_schema_and_nothing_else(tmp_path: Path) -> None:

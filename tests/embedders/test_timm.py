@@ -172,8 +172,23 @@ def test_weights_from_a_file_and_their_identity(tmp_path: Path) -> None:
     two = prepared(load(tmp_path), weights=tmp_path / "two.pth")
     assert one.identity == hashlib.sha256((tmp_path / "one.pth").read_bytes()).hexdigest()
     assert one.fingerprint() != two.fingerprint()
-    assert one.load_checked() is not two.load_checked()
-    assert one.load_checked() is prepared(load(tmp_path), weights=tmp_path / "one.pth").load_checked()
+    assert one.model() is not two.model()
+    assert one.model() is prepared(load(tmp_path), weights=tmp_path / "one.pth").model()
+
+
+def test_other_weights_under_the_same_name_on_a_worker(tmp_path: Path) -> None:
+    import timm
+
+    from nemo_image.engine.model_cache import clear_models
+    from nemo_image.errors import WeightsError
+
+    make_dataset(tmp_path, {"a": 1})
+    torch.save(timm.create_model(TINY_MODEL).state_dict(), tmp_path / "weights.pth")
+    embedder = prepared(load(tmp_path), weights=tmp_path / "weights.pth")
+    clear_models()
+    torch.save(timm.create_model(TINY_MODEL).state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(WeightsError, match="on this machine"):
+        embedder.model()
 
 
 def test_the_decoder_is_no_part_of_the_fingerprint(tmp_path: Path) -> None:

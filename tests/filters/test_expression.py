@@ -89,7 +89,7 @@ def test_what_does_not_fit_the_columns(frame: pd.DataFrame, text: str) -> None:
 
 
 def test_a_column_that_is_not_there() -> None:
-    with pytest.raises(MissingColumnError, match="'aesthetic'.*there are score, nsfw"):
+    with pytest.raises(MissingColumnError, match=r"'aesthetic'.*there are score, nsfw"):
         KeepExpression("aesthetic > 5").require_columns(["score", "nsfw"])
 
 

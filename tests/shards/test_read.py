@@ -376,6 +376,14 @@ def test_failed_downloads_cost_no_reading(tmp_path: Path, monkeypatch: pytest.Mo
     ids = [f"{number:05d}" for number in range(100)]
     assert found(path, ids, "key") == [number // 2 if number % 2 == 0 else -1 for number in range(100)]
     assert 0 < len(asked) <= 8
+    asked.clear()
+    assert found(path, ["00004", "00005"], "key") == [2, -1]  # of a filtered frame
+    assert 0 < len(asked) <= 16
+
+
+def test_base_names_are_for_keys_only(tmp_path: Path) -> None:
+    path = shard(tmp_path, {"a": {"id": "http://x/1.jpg"}, "b": {"id": "http://y/2.jpg"}})
+    assert found(path, ["1.jpg", "http://y/2.jpg"]) == [-1, 1]
 
 
 def test_ids_of_which_one_equals_its_key_by_chance(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ def test_tarfile_reads_what_is_written(files: Files) -> None:
     "files",
     [
         [("a.jpg", b"x" * 1000), ("a.txt", b""), ("d/b.json", b"{}" * 256)],
+        [("d" * 155 + "/" + "n" * 100, b"1")],
         [("d" * 80 + "/" + "e" * 70 + "/" + "n" * 90 + ".jpg", b"1")],
         [],
     ],
@@ -73,6 +74,18 @@ def test_plain_names_make_the_bytes_that_tarfile_makes(files: Files) -> None:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     assert written(files)[0] == out.getvalue()
+
+
+@pytest.mark.parametrize("name", ["n" * 101, "ü.jpg", "\udcff.jpg", "d/" + "ü" * 60, "d" * 156 + "/n.jpg", "n" * 9990])
+def test_other_names_make_the_pax_header_that_tarfile_makes(name: str) -> None:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT, encoding="utf-8") as tar:
+        tar.addfile(tarfile.TarInfo(name))
+    content = written([(name, b"")])[0]
+    assert len(content) == len(out.getvalue())
+    size = int(content[124:136].rstrip(b"\0"), 8)
+    assert content[124:136] == out.getvalue()[124:136]
+    assert content[512 : 512 + size] == out.getvalue()[512 : 512 + size]
 
 
 TRICKY = [
@@ -158,6 +171,15 @@ def test_pieces_of_another_size_spoil_the_tar(chunks: list[bytes], message: str)
     size = len(out.getvalue())
     writer.close()
     assert len(out.getvalue()) == size  # no end mark: it must not look whole
+
+
+def test_no_more_pieces_are_taken_than_fit() -> None:
+    out = io.BytesIO()
+    pieces = iter([b"x" * 6] * 1000)
+    with pytest.raises(ArgumentError, match="more than"):
+        TarWriter(out).add_from("a.jpg", 10, pieces)
+    assert len(list(pieces)) == 998
+    assert len(out.getvalue()) <= 512 + 10
 
 
 def test_no_end_mark_after_an_exception() -> None:
