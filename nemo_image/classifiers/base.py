@@ -49,7 +49,8 @@ class ImageClassifier:
     """
 
     # Attributes that change where and how fast predictions are made, not what they are.
-    _settings: ClassVar[tuple[str, ...]] = ("embedding_column", "pred_column", "batch_size")
+    _settings: ClassVar[tuple[str, ...]] = ("embedding_column", "pred_column", "batch_size", "_planned")
+    _planned: str | None = None
 
     def __init__(
         self,
@@ -66,8 +67,6 @@ class ImageClassifier:
         self.pred_type = pred_type
         self.batch_size = batch_size
         self.embedding_size = embedding_size
-
-    # To override -----------------------------------------------------------------------------------------------------
 
     def load_model(self, device: str) -> Model:
         """Return a callable from embeddings, float32 (n, embedding_size), to predictions, (n,) or (n, 1).
@@ -95,8 +94,6 @@ class ImageClassifier:
             As many values, which fit `pred_type`.
         """
         return series
-
-    # May be overridden -----------------------------------------------------------------------------------------------
 
     def accepts_embedding(self, fingerprint: Mapping[str, Any]) -> bool:
         """Tell whether embeddings of this origin suit the model; any do by default.
@@ -137,8 +134,6 @@ class ImageClassifier:
         """Which embeddings the model takes, in words for error messages."""
         return f"embeddings of {self.embedding_size} numbers"
 
-    # Final -----------------------------------------------------------------------------------------------------------
-
     def __call__(self, dataset: ImageTextPairDataset) -> ImageTextPairDataset:
         """Return the dataset with the predictions added, lazily; null where a row has no embedding.
 
@@ -162,6 +157,8 @@ class ImageClassifier:
         if made_by is not None:
             classifier._check_origin(made_by)
         classifier.prepare()
+        # Once: a model that keeps notes on the object as it runs stays the same model.
+        classifier._planned = classifier._behaviour()
         return dataset.map_columns(
             ScorePartition(classifier),
             inputs=[self.embedding_column],
@@ -296,6 +293,8 @@ class ImageClassifier:
         return f"{type(self).__module__}.{type(self).__qualname__}"
 
     def _behaviour(self) -> str:
+        if self._planned is not None:
+            return self._planned
         bare = copy.copy(self)
         for name in self._settings:
             bare.__dict__.pop(name, None)

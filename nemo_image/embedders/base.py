@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,6 +73,7 @@ class ImageEmbedder:
     normalize_embeddings: bool = False
     embedding_dtype: str = "float32"
     adds_sizes: bool = False
+    _planned: str | None = None
 
     def __init__(
         self,
@@ -172,7 +174,9 @@ class ImageEmbedder:
 
         Adds ``image_error`` too, and ``width`` and ``height`` where the dataset has no columns of those names.
         """
-        embedder = self.prepare(dataset)
+        # A copy: what the user changes on the object later, or the object itself while it runs, changes no plan.
+        embedder = copy.copy(self.prepare(dataset))
+        embedder._planned = behaviour_token(embedder)
         made = embedder.fingerprint()
         outputs: dict[str, Any] = {self.image_embedding_column: schema.list_dtype(self.embedding_dtype)}
         if self.adds_sizes:
@@ -194,7 +198,8 @@ class ImageEmbedder:
 
     def _model(self, device: str) -> Callable[[Any], Any]:
         name = f"{type(self).__module__}.{type(self).__qualname__}"
-        spec = ModelSpec(kind=name, name=self.model_name, weights_sha256=behaviour_token(self), dtype="", device=device)
+        token = self._planned or behaviour_token(self)
+        spec = ModelSpec(kind=name, name=self.model_name, weights_sha256=token, dtype="", device=device)
         return get_model(spec, lambda: self.load_embedding_model(device))
 
 

@@ -6,9 +6,11 @@ pickled by value, and would then get a new token each time, or none.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from types import CodeType
+from collections.abc import Iterator
+from types import CodeType, FunctionType
 from typing import Any
 
 PLAIN = (str, int, float, bool, bytes, type(None))
@@ -38,12 +40,44 @@ def _members_text(owner: type) -> str:
     """
     parts = []
     for name, member in sorted(vars(owner).items()):
-        code = getattr(getattr(member, "__func__", member), "__code__", None)
-        if code is not None:
-            parts.append(f"{name}={_code_text(code)}")
+        functions = [member.fget, member.fset, member.fdel] if isinstance(member, property) else [member]
+        functions = [getattr(one, "__func__", one) for one in functions]
+        texts = [_function_text(one, 0) for one in functions if isinstance(one, FunctionType)]
+        if texts:
+            parts.append(f"{name}={texts}")
         elif isinstance(member, PLAIN) and not name.startswith("__"):
             parts.append(f"{name}={member!r}")
     return ";".join(parts)
+
+
+def _function_text(function: FunctionType, depth: int) -> str:
+    """Return a function's code and what it takes from around it: defaults, closure, and its module's own names."""
+    cells = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # not assigned yet
+            cells[name] = cell.cell_contents
+    known = function.__globals__
+    names = sorted({name for code in _codes(function.__code__) for name in code.co_names if name in known})
+    # Helpers of helpers are looked into, no deeper: they may call each other.
+    used = {name: _value_text(known[name], depth + DEEPEST // 2) for name in names if _is_own(known[name], function)}
+    # Lists, dictionaries and sets around a function are often its notes, which change as it runs.
+    cells = {name: value for name, value in cells.items() if not isinstance(value, list | dict | set)}
+    around = (function.__defaults__, function.__kwdefaults__, cells)
+    return f"{_code_text(function.__code__)}({_value_text(around, depth + 1)}{used})"
+
+
+def _is_own(value: Any, user: FunctionType) -> bool:
+    """Tell whether a global is a plain value or a function of the same module, and not a library's."""
+    if isinstance(value, FunctionType):
+        return value.__module__ == user.__module__
+    return isinstance(value, (*PLAIN, tuple, frozenset))
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
 
 
 def _code_text(code: CodeType) -> str:
@@ -63,20 +97,22 @@ def _value_text(value: Any, depth: int) -> str:
         return "[" + ",".join(_value_text(one, depth + 1) for one in value) + "]"
     if isinstance(value, set | frozenset):
         return "{" + ",".join(sorted(_value_text(one, depth + 1) for one in value)) + "}"
-    if hasattr(value, "__dask_tokenize__"):
+    if hasattr(value, "__dask_tokenize__") and not isinstance(value, type):
         return repr(value.__dask_tokenize__())
     return _object_text(value, depth)
 
 
 def _object_text(value: Any, depth: int) -> str:
+    if isinstance(value, type):
+        return f"{value.__module__}.{value.__qualname__}"
     if isinstance(value, os.PathLike):
         return repr(os.fspath(value))
     if hasattr(value, "detach"):
         value = value.detach().cpu().numpy()
     if hasattr(value, "tobytes") and hasattr(value, "dtype"):
         return f"{value.dtype}{getattr(value, 'shape', ())}:{hashlib.sha256(value.tobytes()).hexdigest()}"
-    if callable(value) and hasattr(value, "__code__"):
-        return _code_text(value.__code__)
+    if isinstance(value, FunctionType):
+        return _function_text(value, depth)
     # A lock, say, has no values: it counts by its type.
     name = f"{type(value).__module__}.{type(value).__qualname__}"
     return f"<{name} {_value_text(getattr(value, '__dict__', {}), depth + 1)}>"

@@ -97,26 +97,42 @@ class _Walk:
         self.awaited = -1  # where a member must begin, because an extended header stands before
 
     def run(self) -> Contents:
-        files, read, sums, total = self.found.files, self.window.read, self.sums, self.source.size
+        """Walk to the end. Written out, because a tar has many headers and a call costs as much as reading a field."""
+        files, window, total = self.found.files, self.window, self.source.size
+        sums, own, shared = self.sums, self.own, self.shared
+        start, seen = window.start, window.data
         position = 0
         while True:
-            header = read(position, BLOCK)
-            if len(header) < BLOCK or header == _ZEROS:
-                self.end(position, header)
-                return self.found
+            begin = position - start
+            header = seen[begin : begin + 512]
+            if len(header) < 512:
+                header = window.read(position, 512)
+                start, seen = window.start, window.data
             if sums.get(header[148:156]) != adler32(header) & 0xFFFF:
+                if len(header) < 512 or header == _ZEROS:
+                    self.end(position, header)
+                    return self.found
                 self.check_sum(header, position)
-            if header[156] != 48 or self.own or self.shared:
+            if header[156] != 48 or own or shared:
                 position = self.special(header, position)
+                start, seen = window.start, window.data
                 continue
             # A plain file, by far the most common.
-            size = self.size_of(header, position)
-            data = position + BLOCK
-            name = _name_of(header)
-            position = data + (size + 511 & -512)
+            try:
+                size = int(header[124:135], 8) if header[135] in b"\0 " else -1
+            except ValueError:
+                size = -1
+            if size < 0:
+                size = self.size_of(header, position)
+            offset = position + 512
+            end = header.find(0)
+            name = (
+                header[:end].decode("utf-8", "surrogateescape") if end < 100 and not header[345] else _name_of(header)
+            )
+            position = offset + (size + 511 & -512)
             if position > total:
-                raise self.cut_off(f"member {name!r}", data, position)
-            files.append((name, data, size))
+                raise self.cut_off(f"member {name!r}", offset, position)
+            files.append((name, offset, size))
 
     def check_sum(self, header: bytes, position: int) -> None:
         """Check a header's sum, and remember what Adler-32 gives beside the same sum field."""
@@ -152,7 +168,7 @@ class _Walk:
             self.extend(kind, data, size)
             return data + padded(size)
         fields = {**self.shared, **self.own}
-        self.own = {}
+        self.own.clear()
         name = fields.get("path") or _name_of(header)
         if kind == _SPARSE or any(key.startswith("GNU.sparse.") for key in fields):
             raise self.error(position, f"the member {name!r} is stored sparse", "make the tar without --sparse")

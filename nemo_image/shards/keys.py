@@ -15,6 +15,7 @@ from nemo_image.errors import IdMismatchError
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"})
 
 _DECIMAL = re.compile(r"(-?)0*([0-9]{1,20})")  # 20 digits hold every 64-bit integer
+_SEVERAL = -2  # the place of what names several keys
 
 
 def split_member_name(name: str) -> tuple[str, str] | None:
@@ -86,10 +87,13 @@ def plain_ids(ids: Iterable[Any]) -> list[str | int | None]:
     digits = np.finfo(kind).nmant + 1 if isinstance(kind, np.dtype) and kind.kind == "f" else 53
     exact_below = 2.0 ** min(digits, 53)
     values = ids.tolist() if hasattr(ids, "tolist") else ids
-    return [value if isinstance(value, str) else _integer(value, exact_below) for value in values]
+    usual = (str, int)
+    return [value if type(value) in usual else _unusual_id(value, exact_below) for value in values]
 
 
-def _integer(value: Any, exact_below: float) -> int | None:
+def _unusual_id(value: Any, exact_below: float) -> str | int | None:
+    if value is None or isinstance(value, str):
+        return value
     if isinstance(value, bool | np.bool_):
         return None
     if isinstance(value, Integral):
@@ -104,14 +108,13 @@ class _Keys:
     """Positions of keys by name, by base name and by value; each table is made when it is first needed."""
 
     def __init__(self, keys: Sequence[str], base_names: bool) -> None:
-        self._keys = keys
         self._use_base_names = base_names
         self._names: dict[str, int] = {}
         for place, key in enumerate(keys):
             self._names.setdefault(key, place)
         self._base_names: dict[str, int] | None = None
-        self._numbers: dict[int, list[int]] | None = None
-        self._base_numbers: dict[int, list[int]] | None = None
+        self._numbers: dict[int, int] | None = None
+        self._base_numbers: dict[int, int] | None = None
 
     def of_text(self, text: str) -> int:
         place = self._names.get(text)
@@ -121,32 +124,39 @@ class _Keys:
             self._base_names = {}
             for key, position in self._names.items():
                 base = key.rpartition("/")[2]
-                self._base_names[base] = -1 if base in self._base_names else position
-        return self._base_names.get(text, -1)
+                self._base_names[base] = _SEVERAL if base in self._base_names else position
+        return max(self._base_names.get(text, -1), -1)
 
     def of_number(self, number: int) -> int:
         if self._numbers is None:
-            self._numbers = _by_value((place, key) for key, place in self._names.items())
-        places = self._numbers.get(number)
-        if places is None and self._use_base_names:
+            self._numbers = _by_value(self._names.items())
+        place = self._numbers.get(number)
+        if place is None and self._use_base_names:
             if self._base_numbers is None:
-                base_names = ((place, key.rpartition("/")[2]) for key, place in self._names.items())
-                self._base_numbers = _by_value(base_names)
-            places = self._base_numbers.get(number)
-        if places is None:
-            return -1
-        if len(places) > 1:
-            names = ", ".join(repr(self._keys[place]) for place in places[:5])
+                self._base_numbers = _by_value((key.rpartition("/")[2], place) for key, place in self._names.items())
+            place = self._base_numbers.get(number)
+        if place == _SEVERAL:
             raise IdMismatchError(
-                f"the id {number} names {len(places)} samples, {names}: make the id column a string that equals the key"
+                f"the id {number} names several samples, {self._named(number)}: give ids that are strings and equal the keys"
             )
-        return places[0]
+        return -1 if place is None else place
+
+    def _named(self, number: int) -> str:
+        keys = [key for key in self._names if number in (_value(key), _value(key.rpartition("/")[2]))]
+        return ", ".join(map(repr, keys[:5]))
 
 
-def _by_value(names: Iterable[tuple[int, str]]) -> dict[int, list[int]]:
-    table: dict[int, list[int]] = {}
-    for place, name in names:
-        match = _DECIMAL.fullmatch(name)
-        if match:
-            table.setdefault(int(match[1] + match[2]), []).append(place)
+def _by_value(names: Iterable[tuple[str, int]]) -> dict[int, int]:
+    table: dict[int, int] = {}
+    for name, place in names:
+        value = _value(name)
+        if value is not None:
+            table[value] = _SEVERAL if value in table else place
     return table
+
+
+def _value(name: str) -> int | None:
+    if name.isdigit() and name.isascii() and len(name) <= 20:
+        return int(name)
+    match = _DECIMAL.fullmatch(name)
+    return int(match[1] + match[2]) if match else None

@@ -51,6 +51,7 @@ class ShardReader:
         self._source: ByteSource | None = None
         self._index: TarIndex | None = None
         self._is_closed = False
+        self._has_warned = False
 
     def __enter__(self) -> ShardReader:
         return self
@@ -136,7 +137,7 @@ class ShardReader:
         return self.read(sample.caption).decode("utf-8-sig", "replace")
 
     def read_json(self, sample: Sample) -> dict[str, Any] | None:
-        """Return the object in a sample's JSON, None if it has none or one that cannot be parsed, which is logged."""
+        """Return the object in a sample's JSON, None if it has none or one that cannot be parsed (logged)."""
         return None if sample.json is None else self._parse(sample, self.read(sample.json))
 
     def read_jsons(self, samples: Sequence[Sample]) -> Iterator[dict[str, Any] | None]:
@@ -149,12 +150,18 @@ class ShardReader:
         try:
             fields = json.loads(data.decode(json.detect_encoding(data), "replace"))
         except (ValueError, RecursionError) as error:
-            logger.warning("%s: sample %r: its JSON cannot be parsed: %s", self.tar_url, sample.key, error)
+            self._tell(sample, f"cannot be parsed: {error}")
             return None
         if not isinstance(fields, dict):
-            logger.warning("%s: sample %r: its JSON is no object", self.tar_url, sample.key)
+            self._tell(sample, "is no object")
             return None
         return fields
+
+    def _tell(self, sample: Sample, reason: str) -> None:
+        # A shard full of bad JSON is worth one line, not one for each sample.
+        level = logging.DEBUG if self._has_warned else logging.WARNING
+        self._has_warned = True
+        logger.log(level, "%s: sample %r: its JSON %s", self.tar_url, sample.key, reason)
 
     def _open(self) -> ByteSource:
         with self._lock:

@@ -234,6 +234,25 @@ def test_many_tasks_load_one_copy() -> None:
     assert loads == ["cpu"]
 
 
+def test_notes_that_a_model_keeps_do_not_make_it_another_one() -> None:
+    class Keeping(Mean):
+        loads = 0
+        rows = 0
+
+        def load_model(self, device: str) -> Any:
+            self.loads += 1
+            return self.run
+
+        def run(self, embeddings: torch.Tensor) -> torch.Tensor:
+            self.rows += len(embeddings)
+            return torch.full((len(embeddings),), float(self.loads))
+
+    classifier = Keeping()
+    with dask.config.set(scheduler="synchronous"):
+        assert set(scored(classifier, vectors(12), npartitions=4)) == {1.0}
+    assert (classifier.loads, classifier.rows) == (0, 0)
+
+
 def test_on_processes(scheduler: Any) -> None:
     found = Mean()(make_dataset(vectors(20), npartitions=4)).metadata["score"].compute()
     np.testing.assert_allclose(found.to_numpy(float), vectors(20).astype(float).mean(axis=1), rtol=0, atol=1e-6)

@@ -58,6 +58,21 @@ def test_two_methods_are_enough(tmp_path: Path) -> None:
     assert loads == ["cpu"]
 
 
+def test_an_embedder_that_changes_itself_as_it_runs_loads_once(tmp_path: Path) -> None:
+    class Counting(MeanColour):
+        batches = 0
+
+        def load_dataset_shard(self, tar_path: str) -> Iterator[tuple[Any, Any]]:
+            for batch in super().load_dataset_shard(tar_path):
+                self.batches += 1
+                yield batch
+
+    make_dataset(tmp_path, {"a": 4, "b": 3, "c": 2})
+    loads.clear()
+    Counting()(ImageTextPairDataset.from_webdataset(str(tmp_path))).save_metadata()
+    assert loads == ["cpu"]
+
+
 def test_a_constructor_that_does_not_call_ours(tmp_path: Path) -> None:
     class Own(MeanColour):
         def __init__(self) -> None:

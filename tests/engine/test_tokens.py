@@ -57,6 +57,19 @@ def test_other_code_under_the_same_name() -> None:
     assert behaviour_token(other_scaler()()) != behaviour_token(Scaler())
 
 
+def made_by_a_factory(factor: int) -> Any:
+    class Scaled:
+        def run(self, number: float) -> float:
+            return number * factor
+
+    return Scaled()
+
+
+def test_what_a_factory_gave_its_class() -> None:
+    assert behaviour_token(made_by_a_factory(1)) != behaviour_token(made_by_a_factory(2))
+    assert behaviour_token(made_by_a_factory(2)) == behaviour_token(made_by_a_factory(2))
+
+
 def test_a_lock_among_the_values() -> None:
     assert behaviour_token(Scaler(lock=threading.Lock())) == behaviour_token(Scaler(lock=threading.Lock()))
 

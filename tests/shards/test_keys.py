@@ -126,7 +126,7 @@ def test_integers_of_64_bits_are_exact(value: int) -> None:
 
 
 def test_an_integer_that_names_two_keys_is_an_error() -> None:
-    with pytest.raises(IdMismatchError, match=r"id 1 names 2 samples, '1', '01'"):
+    with pytest.raises(IdMismatchError, match=r"id 1 names several samples, '1', '01'"):
         match_ids([2, 1], ["1", "01", "2"])
     with pytest.raises(IdMismatchError, match=r"'a/1', 'b/01'"):
         match_ids([1], ["a/1", "b/01"])

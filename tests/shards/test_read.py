@@ -282,7 +282,9 @@ def test_json(data: bytes, fields: Any, log: str, tmp_path: Path, caplog: pytest
         samples = reader.index.samples
         assert [reader.read_json(sample) for sample in samples] == [fields, None, {}]
         assert ("x.tar: sample 'a'" in caplog.text and log in caplog.text) if log else not caplog.text
+        caplog.clear()
         assert list(reader.read_jsons(samples)) == [fields, None, {}]
+        assert caplog.text == ""  # one line a shard
 
 
 # --- samples of ids
@@ -399,12 +401,12 @@ def test_ids_repeated_in_the_json_are_an_error(tmp_path: Path) -> None:
         found(path, [1, 2])
     assert found(path, [2]) == [1]
     path = shard(tmp_path, {"a": {"id": "1"}, "b": {"id": "01"}})
-    with pytest.raises(IdMismatchError, match=r"in the JSON, the id 1 names 2 samples"):
+    with pytest.raises(IdMismatchError, match=r"in the JSON, the id 1 names several samples"):
         found(path, [1])
 
 
 def test_keys_that_one_integer_could_mean(tmp_path: Path) -> None:
-    with pytest.raises(IdMismatchError, match=r"x\.tar: the id 1 names 2 samples, '1', '01'"):
+    with pytest.raises(IdMismatchError, match=r"x\.tar: the id 1 names several samples, '1', '01'"):
         found(shard(tmp_path, {"1": None, "01": None}), [1])
     assert found(shard(tmp_path, {"1": {"id": 8}, "01": {"id": 1}}), [1, 8]) == [1, 0]  # the JSON knows
 
