@@ -122,3 +122,9 @@ class ClusterError(NemoImageError):
 
 class MissingDependencyError(NemoImageError, ImportError):
     """An optional package is absent; the message names the pip line that brings it."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message as one line; the type goes before it where the error is not one of ours."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, NemoImageError) else f"{type(error).__name__}: {text}"

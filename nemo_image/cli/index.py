@@ -13,7 +13,7 @@ from nemo_image.cli.options import cluster, cluster_options, json_option, print_
 from nemo_image.datasets.discover import discover
 from nemo_image.engine.progress import Progress
 from nemo_image.engine.run import run_tasks
-from nemo_image.errors import ArgumentError, NemoImageError
+from nemo_image.errors import ArgumentError, NemoImageError, one_line
 from nemo_image.shards import files
 from nemo_image.shards.idx_file import write_idx
 from nemo_image.shards.index import index_tar
@@ -69,7 +69,7 @@ def index(
     made: list[Indexed] = []
     with cluster(workers, scheduler_address, scheduler_file), Progress("index", len(tars)) as progress:
         for one in run_tasks(
-            write_beside, tars, on_error=lambda tar, error: Indexed(tar, error=str(error)), count=len(tars)
+            write_beside, tars, on_error=lambda tar, error: Indexed(tar, error=one_line(error)), count=len(tars)
         ):
             made.append(one)
             progress.advance(one.samples)

@@ -5,134 +5,35 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
-import xxhash
 from dask.base import tokenize
 
 from nemo_image import backend, schema
-from nemo_image.datasets.columns import tar_identity
-from nemo_image.datasets.load import require_unique
 from nemo_image.datasets.partitions import PartitionTask, ShardTasks, shard_tasks
 from nemo_image.datasets.save import finish, materialize, run_shards
+from nemo_image.datasets.selection import Counted, CountItem, CountSelected, digest_of, select
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.datasets.state import DatasetState
-from nemo_image.engine.ledger import FOLDER, Named, ShardRecord
-from nemo_image.errors import ArgumentError, DatasetError, NemoImageError
+from nemo_image.engine.ledger import FOLDER, ShardRecord
+from nemo_image.errors import ArgumentError, DatasetError, one_line
 from nemo_image.export import plan, write
-from nemo_image.shards import files, parquet
-from nemo_image.shards.read import ShardReader, match_samples
+from nemo_image.shards import files
 
 MANIFEST = "export.json"
 
 
 @dataclass
-class CountItem:
-    """A source shard to count: `rows` makes its frame of ids and the filter column."""
-
-    shard: str
-    rows: PartitionTask
-
-
-@dataclass
-class Counted(ShardRecord):
-    """A source shard's record with what the plan needs.
-
-    Attributes
-    ----------
-    selected : int
-        Samples that pass.
-    digest : str
-        Hash of the selected ids and of the tar's identity: the export's inputs, for resuming.
-    """
-
-    selected: int = 0
-    digest: str = ""
-
-
-class CountSelected:
-    """Counts a shard's rows that pass and have a sample."""
-
-    task_name = "nemo-image-count"
-
-    def __init__(self, source: DatasetSource, filter_column: str) -> None:
-        self.source = source
-        self.filter_column = filter_column
-
-    def __call__(self, item: CountItem) -> Counted:
-        """Count one shard."""
-        record = Counted(shard=item.shard)
-        started = time.monotonic()
-        try:
-            self._count(item, record)
-            record.balance()
-        except Exception as error:
-            text = " ".join(str(error).split())
-            record.status = "failed"
-            record.error = text if isinstance(error, NemoImageError) else f"{type(error).__name__}: {text}"
-        record.seconds = round(time.monotonic() - started, 3)
-        return record
-
-    def _count(self, item: CountItem, record: Counted) -> None:
-        frame = item.rows()
-        summary = parquet.summary_or_none(self.source.parquet_url(item.shard), self.source.storage_options)
-        found = select(self.source, item.shard, frame, self.filter_column)
-        record.rows_in = len(frame) if summary is None else summary.rows
-        passed = int(found.passed.sum())
-        # Rows that the user's own frame left out or joined before the export's filter.
-        record.rows_joined = max(0, len(frame) - record.rows_in)
-        record.rows_filtered = max(0, record.rows_in - len(frame)) + len(frame) - passed
-        record.losses = {"without_sample": passed - len(found.rows)} if passed > len(found.rows) else {}
-        record.rows_out = record.selected = len(found.rows)
-        record.samples = found.samples
-        record.rows_without_sample = Named.of(found.without_sample)
-        record.repeated_members = Named.of(found.repeated)
-        ids = [repr(one) for one in frame[self.source.id_col].iloc[found.rows].tolist()]
-        identity = json.dumps(tar_identity(self.source, item.shard), sort_keys=True)
-        record.digest = xxhash.xxh3_128_hexdigest("\n".join([item.shard, identity, *ids]).encode())
-
-
-@dataclass
-class Selected:
-    """The rows of a shard that pass and have a sample, in the order of their offset in the tar."""
-
-    rows: Any
-    places: Any
-    passed: Any
-    samples: int
-    without_sample: list[Any]
-    repeated: list[str]
-    index: Any
-
-
-def select(source: DatasetSource, shard: str, frame: pd.DataFrame, filter_column: str) -> Selected:
-    """Find the rows of `frame` that pass, and their samples."""
-    passed = frame[filter_column].fillna(False).to_numpy(dtype=bool)
-    candidates = np.flatnonzero(passed)
-    ids = frame[source.id_col].iloc[candidates]
-    require_unique(backend.arrow_values(ids), f"the rows to export of shard {shard}")
-    with ShardReader(source.tar_url(shard), source.storage_options) as reader:
-        index = reader.index
-        found = match_samples(reader, ids.tolist(), source.id_col)
-    has = found >= 0
-    offsets = np.array([index.samples[place].offset for place in found[has]], np.int64)
-    order = np.argsort(offsets, kind="stable")
-    missing = ids.iloc[np.flatnonzero(~has)].tolist()
-    return Selected(candidates[has][order], found[has][order], passed, len(index), missing, list(index.repeated), index)
-
-
-@dataclass
 class OutputItem:
-    """An output shard to write: what it takes, and the tasks that make the rows of its source shards."""
+    """An output shard to write: what it takes, and the source shards with their tasks and digests."""
 
     shard: str
     number: int
     takes: Sequence[plan.Take]
-    sources: Sequence[tuple[str, PartitionTask]] = field(default_factory=list)
+    sources: Sequence[tuple[str, PartitionTask, str]]
 
 
 class WriteOutput:
@@ -160,15 +61,19 @@ class WriteOutput:
                 self.settings, item.shard, lambda place: self.naming.sample(item.number, place), taken
             )
         except Exception as error:
-            text = " ".join(str(error).split())
-            cause = text if isinstance(error, NemoImageError) else f"{type(error).__name__}: {text}"
-            record = ShardRecord(shard=item.shard, status="failed", error=cause)
+            record = ShardRecord(shard=item.shard, status="failed", error=one_line(error))
         record.seconds = round(time.monotonic() - started, 3)
         return record
 
-    def _take(self, take: plan.Take, shard: str, rows: PartitionTask) -> write.Taken:
+    def _take(self, take: plan.Take, shard: str, rows: PartitionTask, digest: str) -> write.Taken:
         frame = rows()
         found = select(self.source, shard, frame, self.filter_column)
+        if digest_of(self.source, shard, frame, found) != digest:
+            raise DatasetError(
+                f"shard {shard}: other rows pass {self.filter_column!r} now than when they were counted, or its tar "
+                "has "
+                "changed: a filter that draws at random must be saved first (save_metadata), then exported"
+            )
         chosen = found.rows[take.positions]
         wanted = [one for one in self.settings.arrow_schema if one.name in frame.columns and one.name != schema.SHARD]
         fields = [
@@ -230,8 +135,7 @@ def export(
         footer_columns={name: made for name, made in state.lineage.provenance.items() if name in arrow_schema.names},
         storage_options=options,
     )
-    counts = [record.selected for record in counted]
-    items = _outputs(tasks, counts, naming, samples_per_shard, shuffle_seed)
+    items = _outputs(tasks, counted, naming, samples_per_shard, shuffle_seed)
     work = WriteOutput(source, settings, naming, filter_column)
     written = run_shards("to_webdataset", work, items, plan.count_outputs(total, samples_per_shard), 1.0)
     totals = finish(target, "to_webdataset-output", written, options)
@@ -306,12 +210,18 @@ def _count(state: DatasetState, source: DatasetSource, filter_column: str) -> li
 
 
 def _outputs(
-    tasks: ShardTasks, counts: Sequence[int], naming: plan.Naming, samples_per_shard: int, shuffle_seed: int | None
+    tasks: ShardTasks,
+    counted: Sequence[Counted],
+    naming: plan.Naming,
+    samples_per_shard: int,
+    shuffle_seed: int | None,
 ) -> Iterator[OutputItem]:
-    ordered = sorted(tasks, key=lambda one: one[0])
+    by_name = dict(tasks)
+    sources = [(record.shard, by_name[record.shard], record.digest) for record in counted]
+    counts = [record.selected for record in counted]
     for number in range(plan.count_outputs(sum(counts), samples_per_shard)):
         takes = plan.takes_of(counts, number, samples_per_shard, shuffle_seed)
-        yield OutputItem(naming.shard(number), number, takes, [ordered[take.source] for take in takes])
+        yield OutputItem(naming.shard(number), number, takes, [sources[take.source] for take in takes])
 
 
 def _output_schema(state: DatasetState, old_id_col: str | None, keep_ids: bool) -> pa.Schema:

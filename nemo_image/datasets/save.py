@@ -21,7 +21,7 @@ from nemo_image.datasets.state import DatasetState
 from nemo_image.engine import ledger
 from nemo_image.engine.progress import Progress
 from nemo_image.engine.run import run_tasks
-from nemo_image.errors import ArgumentError, RunError, TooManyFailuresError
+from nemo_image.errors import ArgumentError, RunError, TooManyFailuresError, one_line
 from nemo_image.shards import files
 
 logger = logging.getLogger("nemo_image")
@@ -158,7 +158,7 @@ def run_shards(
 
 
 def _dead_task(item: Any, error: BaseException) -> ledger.ShardRecord:
-    return ledger.ShardRecord(shard=item.shard, status="failed", error=f"{type(error).__name__}: {error}")
+    return ledger.ShardRecord(shard=item.shard, status="failed", error=one_line(error))
 
 
 def finish(

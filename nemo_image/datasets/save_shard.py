@@ -17,7 +17,7 @@ from nemo_image.datasets.columns import rows_by_shard, same_file, tar_identity
 from nemo_image.datasets.load import id_positions, read_rows, require_unique
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.engine.ledger import Named, ShardRecord
-from nemo_image.errors import DatasetError, IdMismatchError, NemoImageError, ShardError
+from nemo_image.errors import DatasetError, IdMismatchError, ShardError, one_line
 from nemo_image.shards import files, parquet
 from nemo_image.shards.read import ShardReader, match_samples
 
@@ -94,7 +94,7 @@ class SaveShard:
             record.balance()
         except Exception as error:
             record.status = "failed"
-            record.error = _one_line(error)
+            record.error = one_line(error)
         record.seconds = round(time.monotonic() - started, 3)
         return record
 
@@ -317,8 +317,3 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if isinstance(error, NemoImageError) else f"{type(error).__name__}: {text}"

@@ -17,7 +17,7 @@ from nemo_image.datasets.source import DatasetSource
 from nemo_image.engine.ledger import count_failures
 from nemo_image.engine.progress import Progress
 from nemo_image.engine.run import run_tasks
-from nemo_image.errors import NemoImageError
+from nemo_image.errors import NemoImageError, one_line
 from nemo_image.shards.keys import IMAGE_EXTENSIONS
 from nemo_image.shards.read import ShardReader, match_samples
 
@@ -70,7 +70,7 @@ class Summarize:
         try:
             self._tar(shard, found)
         except NemoImageError as error:
-            found.error = str(error)
+            found.error = one_line(error)
         return found
 
     def _tar(self, shard: str, found: ShardSummary) -> None:
@@ -134,7 +134,7 @@ def summarize(dataset: ImageTextPairDataset) -> dict[str, Any]:
 
 
 def _failed(shard: str, error: BaseException) -> ShardSummary:
-    return ShardSummary(shard, error=f"{type(error).__name__}: {error}")
+    return ShardSummary(shard, error=one_line(error))
 
 
 def _is_number(kind: pa.DataType) -> bool:

@@ -137,7 +137,7 @@ class _Keys:
             place = self._base_numbers.get(number)
         if place == _SEVERAL:
             raise IdMismatchError(
-                f"the id {number} names several samples, {self._named(number)}: give ids that are strings and equal the keys"
+                f"the id {number} names several samples, {self._named(number)}: give ids that equal the keys as strings"
             )
         return -1 if place is None else place
 

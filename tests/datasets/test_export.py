@@ -231,6 +231,20 @@ def test_rows_without_sample_are_a_named_loss(tmp_path: Path) -> None:
     assert totals["losses"] == {"without_sample": 1}
 
 
+def test_a_filter_that_draws_at_random_is_refused(source: Path, tmp_path: Path) -> None:
+    draws = iter(range(1000))
+
+    def draw(frame: pd.DataFrame) -> pd.Series:
+        first = next(draws) % len(frame)
+        return pd.Series([number == first for number in range(len(frame))], frame.index)
+
+    dataset = ImageTextPairDataset.from_webdataset(str(source))
+    keep = dataset.metadata[["key"]].map_partitions(draw, meta=("keep", bool))
+    dataset.metadata = dataset.metadata.assign(keep=keep)
+    with pytest.raises(RunError, match="at random"):
+        dataset.to_webdataset(tmp_path / "out", "keep")
+
+
 def test_output_columns_have_one_schema(source: Path, tmp_path: Path) -> None:
     kept(source).to_webdataset(tmp_path / "out", "keep", samples_per_shard=7)
     schemas = [pq.read_schema(path).remove_metadata() for path in (tmp_path / "out").glob("*.parquet")]

@@ -188,6 +188,16 @@ def test_every_format_is_read_as_tarfile_reads_it(data: bytes) -> None:
     assert index.size == len(data)
 
 
+@pytest.mark.parametrize("kind", sorted(FORMATS))
+@pytest.mark.parametrize("length", [99, 100, 101, 156])
+def test_names_as_long_as_their_fields(length: int, kind: str) -> None:
+    names = ["n" * (length - 4) + ".jpg"] if length <= 100 or kind != "ustar" else []
+    names += ["d" * (length - 1) + "/" + "n" * 96 + ".txt", "d" * (length - 50) + "/é.json"]
+    data = make_tar([(name, b"1") for name in names], FORMATS[kind])
+    assert [name for name, _, _ in members_of(indexed(data))] == names
+    assert members_of(indexed(data)) == by_tarfile(data)
+
+
 @pytest.mark.parametrize("kind", ["v7", "oldgnu", "gnu", "ustar", "posix"])
 def test_what_gnu_tar_writes(kind: str, tmp_path: Path) -> None:
     if shutil.which("tar") is None:

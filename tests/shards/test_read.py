@@ -390,6 +390,7 @@ def test_base_names_are_for_keys_only(tmp_path: Path) -> None:
 
 def test_ids_of_which_one_equals_its_key_by_chance(tmp_path: Path) -> None:
     path = shard(tmp_path, {f"{number:04d}": {"id": 3 * number} for number in range(30)})
+    assert found(path, [0, 87]) == [0, 29]
     assert found(path, [0, 87, 3, 4]) == [0, 29, 1, -1]
 
 
