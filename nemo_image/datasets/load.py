@@ -205,9 +205,22 @@ def metadata_of_tar(reader: ShardReader) -> pa.Table:
 def _infer(values: list[Any]) -> pa.Array:
     try:
         return pa.array(values)
+    except UnicodeEncodeError:
+        # JSON may escape half of a surrogate pair, which UTF-8 has no place for: replaced, as bad bytes are.
+        return _infer([_encodable(value) for value in values])
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
         texts = [value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False) for value in values]
-        return pa.array(texts, pa.string())
+        return pa.array([_encodable(text) for text in texts], pa.string())
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [_encodable(one) for one in value]
+    if isinstance(value, dict):
+        return {_encodable(name): _encodable(one) for name, one in value.items()}
+    return value
 
 
 def _exists(url: str, storage_options: Mapping[str, Any]) -> bool:

@@ -91,6 +91,22 @@ def test_bad_utf8_captions_are_replaced(tmp_path: Path) -> None:
     assert load(tmp_path).metadata.compute()["caption"].tolist() == ["caf� �"]
 
 
+def test_json_of_all_kinds_becomes_columns(tmp_path: Path) -> None:
+    fields = [
+        {"text": "half \ud83d a pair", "mixed": 1, "nested": {"a": [1, 2]}, "huge": 2**70},
+        {"text": None, "mixed": "one", "nested": None, "huge": 1},
+    ]
+    samples = [(f"00{number}", {"jpg": b"x", "json": json.dumps(one).encode()}) for number, one in enumerate(fields)]
+    write_tar(tmp_path / "a.tar", [*samples, ("002", {"jpg": b"x", "json": b"no json"})])
+    frame = load(tmp_path).metadata.compute()
+    assert frame["key"].tolist() == ["000", "001", "002"]
+    assert frame["text"].iloc[0] == "half ? a pair"
+    assert frame["mixed"].tolist()[:2] == ["1", "one"]
+    assert frame["nested"].iloc[0] == {"a": [1, 2]}
+    assert frame["huge"].tolist()[:2] == [str(2**70), "1"]
+    assert frame.iloc[2].drop(["key", "shard"]).isna().all()
+
+
 @pytest.mark.parametrize(
     ("first", "second", "kind"),
     [
