@@ -306,3 +306,31 @@ def test_an_exported_dataset_is_not_computed_again(tmp_path: Path) -> None:
     before, _ = to_matrix(out.metadata.compute()["image_embedding"])
     after, _ = to_matrix(again.metadata.compute()["image_embedding"])
     assert (before == after).all()
+
+
+def test_some_partitions_in_another_order(tmp_path: Path, alone: Any) -> None:
+    make_dataset(tmp_path / "in", SIZES)
+    dataset = ImageTextPairDataset.from_webdataset(str(tmp_path / "in"))
+    dataset.metadata = dataset.metadata.partitions[[2, 0]]
+    done = embedder()(dataset).save_metadata(tmp_path / "out")
+    assert done.shards == ["00000", "00002"]
+    assert belongs(done.metadata.compute(), alone)
+    totals = done.run_totals
+    assert totals is not None
+    assert (totals["rows_in"], totals["rows_out"], totals["rows_filtered"]) == (26, 22, 4)
+    again = embedder()(dataset).save_metadata()
+    frame = again.metadata.compute()
+    assert frame[frame["shard"].astype(str) == "00001"]["image_embedding"].isna().all()
+    assert belongs(frame[frame["shard"].astype(str) != "00001"], alone)
+
+
+def test_a_persisted_frame_and_one_with_an_aggregate(tmp_path: Path, alone: Any) -> None:
+    make_dataset(tmp_path / "in", SIZES)
+    for number in range(2):
+        dataset = ImageTextPairDataset.from_webdataset(str(tmp_path / "in"))
+        metadata = dataset.metadata
+        dataset.metadata = metadata.persist() if number else metadata[metadata["score"] > metadata["score"].mean()]
+        done = embedder()(dataset).save_metadata(tmp_path / f"out{number}")
+        frame = done.metadata.compute()
+        assert len(frame) == (26 if number else 13)
+        assert belongs(frame, alone)
