@@ -1,6 +1,15 @@
 """Embedders: add a vector for each image to a dataset."""
 
-from nemo_image.embedders.base import ImageEmbedder
-from nemo_image.embedders.timm import TimmImageEmbedder
+from nemo_image.errors import MissingDependencyError
+
+try:
+    from nemo_image.embedders.base import ImageEmbedder
+    from nemo_image.embedders.timm import TimmImageEmbedder
+except ModuleNotFoundError as error:
+    if error.name not in ("torch", "torchvision"):
+        raise
+    raise MissingDependencyError(
+        f"embedders need {error.name}: pip install 'nemo-image[image_cpu]', or [image_cuda12] on a GPU machine"
+    ) from error
 
 __all__ = ["ImageEmbedder", "TimmImageEmbedder"]

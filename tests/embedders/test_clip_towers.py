@@ -16,7 +16,8 @@ import torch
 from nemo_image.embedders import timm_models
 from nemo_image.embedders.preprocess import TorchvisionPreprocessor, normalize, spec_from_transform
 from tests.conftest import SHARED
-from tests.makers import encoded, picture
+from tests.images import PHOTOGRAPHS, photograph
+from tests.makers import encoded
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -69,11 +70,11 @@ def towers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def pictures() -> list[bytes]:
-    """A dozen real photographs where the shared material is there, made pictures elsewhere."""
+    """Real photographs: the shared ones where they are there, scikit-image's elsewhere."""
     folder = SHARED / "data" / "photos"
     if folder.is_dir():
-        return [path.read_bytes() for path in sorted(folder.glob("*.jpg"))[:12]]
-    return [encoded(picture(seed, 300 + 7 * seed, 240 + 11 * seed), quality=95) for seed in range(12)]
+        return [path.read_bytes() for path in sorted(folder.glob("*.jpg"))[:60]]
+    return [encoded(photograph(name), quality=95) for name in PHOTOGRAPHS]
 
 
 def reference(transform: Any, blobs: list[bytes]) -> torch.Tensor:
