@@ -1,6 +1,6 @@
 """Embedders: add a vector for each image to a dataset."""
 
-from nemo_image.errors import MissingDependencyError
+from nemo_image import errors as _errors
 
 try:
     from nemo_image.embedders.base import ImageEmbedder
@@ -8,7 +8,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name not in ("torch", "torchvision"):
         raise
-    raise MissingDependencyError(
+    raise _errors.MissingDependencyError(
         f"embedders need {error.name}: pip install 'nemo-image[image_cpu]', or [image_cuda12] on a GPU machine"
     ) from error
 

@@ -112,7 +112,7 @@ def test_photographs_agree_with_the_reference(path: str, name: str, subsampling:
         assert torch.equal(found, expected)
     else:
         assert levels.mean() < 0.05
-        assert levels.max() < 3.5
+        assert levels.max() < (3.5 if path == "torchvision" else 8.5)
     cosine = (embed(small_model(), found) * embed(small_model(), expected)).sum(1)
     assert cosine.min() > 0.9998
 
@@ -128,9 +128,9 @@ def test_the_promise_is_broken_by_a_mistake(mistake: dict[str, Any]) -> None:
     assert cosine.min() < 0.9998
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("chroma", ["as they are", "4:2:0"])
-def test_real_photographs_with_real_weights(path: str, chroma: str, shared: Path) -> None:
+@functools.cache
+def real_reference(shared: Path, chroma: str) -> tuple[torch.nn.Module, Any, list[bytes], torch.Tensor]:
+    """Trained model, its own transform, the 184 photographs, and their embeddings [184, 1280] through that transform."""
     files = sorted((shared / "data" / "photos").glob("*.jpg"))
     assert len(files) == 184
     blobs = [file.read_bytes() for file in files]
@@ -140,13 +140,19 @@ def test_real_photographs_with_real_weights(path: str, chroma: str, shared: Path
     weights = torch.load(shared / "weights" / "tf_efficientnet_lite0.pth", weights_only=True)
     assert not model.load_state_dict(weights, strict=False).missing_keys
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    return model, transform, blobs, embed(model, reference(transform, blobs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chroma", ["as they are", "4:2:0"])
+def test_real_photographs_with_real_weights(path: str, chroma: str, shared: Path) -> None:
+    model, transform, blobs, expected = real_reference(shared, chroma)
     preprocessor = make(path, transform)
     batch = preprocessor(blobs)
     assert batch.errors == [None] * 184
     assert preprocessor.spec is not None
     found = embed(model, normalize(batch.pixels, preprocessor.spec).cpu())
-    cosine = (found * embed(model, reference(transform, blobs))).sum(1)
-    assert cosine.min() >= 0.999
+    assert (found * expected).sum(1).min() >= 0.999
 
 
 # ------------------------------------------------------------------------------------------------------------ batches
