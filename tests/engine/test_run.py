@@ -75,7 +75,8 @@ def test_a_dead_worker_is_a_record() -> None:
         client.as_current(),
     ):
         results = list(run_tasks(die_on_three, range(5), on_error=lambda item, error: type(error).__name__, count=5))
-    # Tasks that waited on the same worker may be counted as its victims too; none is missing.
+    # Tasks that waited on the same worker may be counted as its victims too; none is missing, and the first, which
+    # was done before the deadly one was submitted, is whole.
     assert len(results) == 5
-    assert {0, 1, 2} <= {one for one in results if isinstance(one, int)}
+    assert {0} <= {one for one in results if isinstance(one, int)} <= {0, 1, 2, 4}
     assert "KilledWorker" in results
