@@ -1,5 +1,6 @@
 """Image-text datasets: a lazy frame of metadata, and where its samples lie."""
 
+from nemo_image.datasets.clip_retrieval import read_clip_retrieval, write_clip_retrieval
 from nemo_image.datasets.image_text_pair import ImageTextPairDataset
 
-__all__ = ["ImageTextPairDataset"]
+__all__ = ["ImageTextPairDataset", "read_clip_retrieval", "write_clip_retrieval"]

@@ -112,7 +112,8 @@ def test_photographs_agree_with_the_reference(path: str, name: str, subsampling:
         assert torch.equal(found, expected)
     else:
         assert levels.mean() < 0.05
-        assert levels.max() < (3.5 if path == "torchvision" else 8.5)
+        # At a picture's rim DALI repeats the last pixel under the filter, where Pillow leaves the filter's end out.
+        assert levels.max() < (3.5 if path == "torchvision" else 12.5)
     cosine = (embed(small_model(), found) * embed(small_model(), expected)).sum(1)
     assert cosine.min() > 0.9998
 
@@ -130,7 +131,7 @@ def test_the_promise_is_broken_by_a_mistake(mistake: dict[str, Any]) -> None:
 
 @functools.cache
 def real_reference(shared: Path, chroma: str) -> tuple[torch.nn.Module, Any, list[bytes], torch.Tensor]:
-    """Trained model, its own transform, the 184 photographs, and their embeddings [184, 1280] through that transform."""
+    """Trained model, its own transform, the 184 photographs, and their embeddings [184, 1280] through it."""
     files = sorted((shared / "data" / "photos").glob("*.jpg"))
     assert len(files) == 184
     blobs = [file.read_bytes() for file in files]
@@ -195,14 +196,26 @@ def test_threads_change_nothing(path: str) -> None:
     blobs = [encoded(picture(seed, 80, 50 + seed), "JPEG") for seed in range(10)]
     expected = make(path, SMALL, num_threads=1)(blobs).pixels
     preprocessor = make(path, SMALL, num_threads=3)
-    before = torch.get_num_threads()
     with ThreadPoolExecutor(4) as callers:
         for batch in callers.map(preprocessor, [blobs] * 8):
             assert torch.equal(batch.pixels, expected)
-    assert torch.get_num_threads() == before
 
 
-# ------------------------------------------------------------------------------------------------------ kinds of pictures
+def test_the_decoders_threads_leave_torchs_number_alone(path: str) -> None:
+    def number_of_a_new_thread() -> int:
+        with ThreadPoolExecutor(1) as one:
+            return one.submit(torch.get_num_threads).result()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)  # also what threads get that have not used torch yet
+    try:
+        make(path, SMALL)([encoded(picture(seed), "PNG") for seed in range(8)])
+        assert (torch.get_num_threads(), number_of_a_new_thread()) == (3, 3)
+    finally:
+        torch.set_num_threads(before)
+
+
+# -------------------------------------------------------------------------------------------------- kinds of pictures
 
 
 @pytest.mark.parametrize("crop", [(32, 32), (32, 24)], ids=["square", "oblong"])
@@ -282,7 +295,7 @@ def test_normalize_is_to_tensor_and_normalize(dtype: torch.dtype) -> None:
     assert torch.equal(found, expected.to(dtype))
 
 
-# ----------------------------------------------------------------------------------------- transforms that do not convert
+# --------------------------------------------------------------------------------------- transforms that do not convert
 
 
 def test_other_transforms_run_as_they_are() -> None:

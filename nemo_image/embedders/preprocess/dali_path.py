@@ -3,7 +3,8 @@
 The graph gets each picture's sizes and offsets as integers from the same plan as the other paths: with DALI's own
 ``resize_shorter`` and centre crop, embeddings fall to cosine 0.97. It decodes plain JPEGs, which are what a GPU makes
 faster. Whatever else there is (DALI decodes PNG, WebP, BMP and TIFF on the CPU as well), and whatever DALI refuses,
-goes through Pillow's decoder and torchvision's resize.
+goes through Pillow's decoder and torchvision's resize. What DALI decodes is a picture, even where Pillow would call its
+damaged scan an error (18 of 2,000 damaged files).
 """
 
 from __future__ import annotations
@@ -171,8 +172,8 @@ class _Graph:
                 use_fast_idct=False,
                 adjust_orientation=False,  # the plan knows it, from more places than EXIF
             )
-            # One axis at a time, in Pillow's order: its bytes between the passes clip a bicubic filter's overshoot, which
-            # DALI's floats would keep (up to 20 of 255 beside hard edges).
+            # One axis at a time, in Pillow's order: its bytes between the passes clip a bicubic filter's overshoot.
+            # Both axes at once differ by up to 20 of 255 beside hard edges, and single cosines fall to 0.9988.
             how = {"mode": "stretch", "interp_type": filters[self._spec.interpolation], "antialias": True}
             picture = fn.resize(picture, resize_x=width, **how)
             picture = fn.resize(picture, resize_y=height, **how)
