@@ -9,8 +9,12 @@ import contextlib
 import contextvars
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
+T = TypeVar("T")
+
+_torch_lock = threading.Lock()
 _local_share: contextvars.ContextVar[int | None] = contextvars.ContextVar("nemo_image_threads", default=None)
 
 
@@ -55,13 +59,37 @@ def torch_threads(count: int) -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
-    if before != count:
-        torch.set_num_threads(count)
+    if before == count:
+        yield
+        return
+    set_own_torch_threads(count)
     try:
         yield
     finally:
-        if before != count:
-            torch.set_num_threads(before)
+        set_own_torch_threads(before)
+
+
+def set_own_torch_threads(count: int) -> None:
+    """Set torch's number of threads for the calling thread, and for no other.
+
+    torch also gives the number last set anywhere to threads that are new to it. Those get what they got before.
+    """
+    import torch
+
+    with _torch_lock:
+        # A thread takes the common number at its first question; asked before it is set, not after.
+        torch.get_num_threads()
+        others = _in_new_thread(torch.get_num_threads)
+        torch.set_num_threads(count)
+        _in_new_thread(lambda: torch.set_num_threads(others))
+
+
+def _in_new_thread(function: Callable[[], T]) -> T:
+    results: list[T] = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    return results[0]
 
 
 def _worker_threads() -> int | None:

@@ -58,15 +58,10 @@ def test_alpha_over_white(values: Any) -> None:
 
 def test_palette_with_alpha_channel(values: Any) -> None:
     palette, alpha = values[..., 0] % 2, values[..., 3]
-    image = Image.merge("PA", (_indexed(palette), Image.fromarray(alpha)))
+    image = Image.frombytes("PA", (17, 31), np.stack([palette, alpha], axis=-1).tobytes())
+    image.putpalette([10, 20, 30, 200, 100, 50])
     colours = np.array([[10, 20, 30], [200, 100, 50]])
     assert (rgb_of(image) == over_white(colours[palette], alpha[..., None])).all()
-
-
-def _indexed(indices: Any) -> Image.Image:
-    image = Image.fromarray(indices)
-    image.putpalette([10, 20, 30, 200, 100, 50])
-    return image
 
 
 def test_premultiplied_alpha(values: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from nemo_image.embedders.preprocess.spec import PreprocessSpec, ResizePlan
-from nemo_image.engine.threads import torch_threads
+from nemo_image.engine.threads import set_own_torch_threads
 from nemo_image.errors import ImageError
 from nemo_image.shards.decode import ImageHeader
 
@@ -156,7 +156,10 @@ def _pool(num_threads: int) -> ThreadPoolExecutor:
     key = (os.getpid(), num_threads)
     with _pools_lock:
         if key not in _pools:
-            _pools[key] = ThreadPoolExecutor(num_threads, thread_name_prefix="nemo-image-decode")
+            # The threads are the parallelism: inside each of them torch works alone.
+            _pools[key] = ThreadPoolExecutor(
+                num_threads, "nemo-image-decode", initializer=set_own_torch_threads, initargs=(1,)
+            )
         return _pools[key]
 
 
@@ -164,18 +167,12 @@ def _for_each_row(one: Callable[[int], None], count: int, num_threads: int) -> N
     waiting = deque(range(count))  # threads take rows as they get free: pictures differ in size
 
     def take() -> None:
-        with torch_threads(1):
-            while True:
-                try:
-                    row = waiting.popleft()
-                except IndexError:
-                    return
-                one(row)
+        while True:
+            try:
+                row = waiting.popleft()
+            except IndexError:
+                return
+            one(row)
 
-    threads = min(num_threads, count)
-    if threads <= 1:
-        take()
-        return
-    pool = _pool(num_threads)
-    for future in [pool.submit(take) for _ in range(threads)]:
+    for future in [_pool(num_threads).submit(take) for _ in range(min(num_threads, count))]:
         future.result()
