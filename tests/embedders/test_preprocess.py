@@ -8,7 +8,6 @@ import logging
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform
 from torchvision import transforms as tv
 
 from nemo_image.embedders.preprocess import (
@@ -127,33 +126,6 @@ def test_the_promise_is_broken_by_a_mistake(mistake: dict[str, Any]) -> None:
     expected = reference(timm_transform("center"), blobs)
     cosine = (embed(small_model(), reference(wrong, blobs)) * embed(small_model(), expected)).sum(1)
     assert cosine.min() < 0.9998
-
-
-@functools.cache
-def real_reference(shared: Path, chroma: str) -> tuple[torch.nn.Module, Any, list[bytes], torch.Tensor]:
-    """Trained model, its own transform, the 184 photographs, and their embeddings [184, 1280] through it."""
-    files = sorted((shared / "data" / "photos").glob("*.jpg"))
-    assert len(files) == 184
-    blobs = [file.read_bytes() for file in files]
-    if chroma == "4:2:0":
-        blobs = [encoded(Image.open(file).convert("RGB"), "JPEG", quality=90, subsampling=2) for file in files]
-    model = timm.create_model("tf_efficientnet_lite0", num_classes=0).eval()
-    weights = torch.load(shared / "weights" / "tf_efficientnet_lite0.pth", weights_only=True)
-    assert not model.load_state_dict(weights, strict=False).missing_keys
-    transform = create_transform(**resolve_model_data_config(model), is_training=False)
-    return model, transform, blobs, embed(model, reference(transform, blobs))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("chroma", ["as they are", "4:2:0"])
-def test_real_photographs_with_real_weights(path: str, chroma: str, shared: Path) -> None:
-    model, transform, blobs, expected = real_reference(shared, chroma)
-    preprocessor = make(path, transform)
-    batch = preprocessor(blobs)
-    assert batch.errors == [None] * 184
-    assert preprocessor.spec is not None
-    found = embed(model, normalize(batch.pixels, preprocessor.spec).cpu())
-    assert (found * expected).sum(1).min() >= 0.999
 
 
 # ------------------------------------------------------------------------------------------------------------ batches
