@@ -124,7 +124,7 @@ class ClipFolder:
                 "column with the ids (id_col)"
             )
         wanted = self._keyed(ids, self.dataset_id).assign(at=np.arange(len(ids)))
-        found = wanted.merge(located, on=["key", "shard"]).sort_values("at", ignore_index=True)
+        found = wanted.merge(located, on=["key", "shard"])  # keeps the order of `wanted`
         rows, at = found["row"].to_numpy(np.int64), found["at"].to_numpy(np.int64)
         columns = {}
         for kind in self.kinds:

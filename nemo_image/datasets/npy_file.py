@@ -67,6 +67,7 @@ def read_rows(url: str, rows: npt.NDArray[np.int64], storage_options: Mapping[st
     unique, place = np.unique(rows, return_inverse=True)
     runs = np.split(unique, np.flatnonzero(np.diff(unique) > 1) + 1)
     width = header.size * np.dtype(header.dtype).itemsize
-    starts, ends = ([header.offset + int(run[edge] + edge % 2) * width for run in runs] for edge in (0, -1))
+    starts = [header.offset + int(run[0]) * width for run in runs]
+    ends = [header.offset + int(run[-1] + 1) * width for run in runs]
     parts = fs.cat_ranges([path] * len(runs), starts, ends, on_error="raise")
     return np.frombuffer(b"".join(parts), header.dtype).reshape(-1, header.size)[place]

@@ -70,7 +70,9 @@ def load(path: Path, **options: Any) -> ImageTextPairDataset:
 def belongs(frame: pd.DataFrame, oracle: np.ndarray, column: str = "image_embedding") -> bool:
     """Tell whether every row's embedding is its own picture's, as float16, and null where there is none."""
     wanted = [np.nan_to_num(oracle[seed].astype("float16"), nan=-9).tolist() for seed in frame["seed"].astype(int)]
-    return wanted == [[-9] * oracle.shape[1] if one is pd.NA or one is None else list(one) for one in frame[column]]
+    missing = [-9] * oracle.shape[1]
+    found = [missing if null else one for null, one in zip(frame[column].isna(), frame[column], strict=True)]
+    return wanted == [np.asarray(one).astype("float16").tolist() for one in found]
 
 
 def masked(oracle: np.ndarray, present: Sequence[Sequence[int]]) -> np.ndarray:
@@ -116,6 +118,7 @@ def test_opening_reads_one_header_and_one_footer(tmp_path: Path) -> None:
     (folder / "metadata" / "metadata_2.parquet").write_bytes(b"not looked at")
     read = read_clip_retrieval(dataset, folder)
     assert read.metadata[["score"]].compute()["score"].tolist() == [seed / 10 for seed in range(12)]
+    assert len(read) == 12
 
 
 @pytest.mark.parametrize(
@@ -208,17 +211,37 @@ def test_a_replaced_column_is_no_longer_the_embedders(tmp_path: Path) -> None:
     assert belongs(done.metadata.compute(), vectors())
 
 
-@pytest.mark.parametrize("order", ["C", "F"])
-def test_a_remote_folder_is_read_by_ranges(tmp_path: Path, order: Any) -> None:
+def test_rows_that_the_user_doubled_are_not_ambiguous(tmp_path: Path, scheduler: Any) -> None:
+    import dask.dataframe as dd
+
     dataset = load(make_dataset(tmp_path / "in", SIZES))
-    folder = write_folder(tmp_path / "clip", WITHOUT)
+    dataset.metadata = dd.concat([dataset.metadata, dataset.metadata])
+    frame = read_clip_retrieval(dataset, write_folder(tmp_path / "clip")).metadata.compute()
+    assert sorted(frame["seed"]) == sorted([*range(12), *range(12)])
+    assert belongs(frame, vectors())
+
+
+def test_a_frame_with_known_divisions(tmp_path: Path) -> None:
+    import dask.dataframe as dd
+
+    dataset = load(make_dataset(tmp_path / "in", SIZES))
+    rows = pd.DataFrame({"seed": range(12), "key": [key(seed) for seed in range(12)], "shard": list("aaaaabbbbccc")})
+    dataset.metadata = dd.from_pandas(rows, npartitions=2)
+    read = read_clip_retrieval(dataset, write_folder(tmp_path / "clip"))
+    assert belongs(read.metadata.loc[2:9].compute(), vectors())
+
+
+@pytest.mark.parametrize(("order", "dtype"), [("C", "float16"), ("F", "float16"), ("C", ">f4")])
+def test_a_remote_folder_is_read_by_ranges(tmp_path: Path, order: Any, dtype: str) -> None:
+    dataset = load(make_dataset(tmp_path / "in", SIZES))
+    folder = write_folder(tmp_path / "clip", WITHOUT, dtype)
     for path in folder.glob("img_emb/*"):
         np.save(path, np.array(np.load(path), order=order))
     remote = fsspec.filesystem("memory")
-    remote.put(f"{folder}/", f"/clip-{order}/", recursive=True)
-    frame = read_clip_retrieval(dataset, f"memory://clip-{order}/").metadata.compute()
-    remote.rm(f"/clip-{order}", recursive=True)
-    assert belongs(frame, masked(vectors(), WITHOUT))
+    remote.put(f"{folder}/", f"{tmp_path}/", recursive=True)
+    frame = read_clip_retrieval(dataset, f"memory://{tmp_path}/").metadata.compute()
+    remote.rm(str(tmp_path), recursive=True)
+    assert belongs(frame, masked(vectors().astype(dtype).astype("float64"), WITHOUT))
 
 
 # Folders that cannot be read ------------------------------------------------------------------------------------------

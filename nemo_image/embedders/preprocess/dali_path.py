@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nemo_image.embedders.preprocess.batch import PreprocessedBatch, empty_pixels, plan_picture
+from nemo_image.embedders.preprocess.batch import PreprocessedBatch, plan_picture
 from nemo_image.embedders.preprocess.spec import PreprocessSpec, ResizePlan
 from nemo_image.embedders.preprocess.torchvision_path import INTERPOLATIONS, TorchvisionPreprocessor
 from nemo_image.errors import ArgumentError, ImageError, MissingDependencyError
@@ -76,9 +76,12 @@ class DaliPreprocessor:
         decoded = self._graph.run(list(jobs.values())) if jobs else None
         if decoded is None:
             jobs.clear()
+        for index, (_, header, _) in enumerate(jobs.values()):
+            if decoded is not None and header.orientation != 1:
+                decoded[index].copy_(upright(decoded[index], header.orientation))
         rest = [row for row in range(len(blobs)) if row not in jobs]
-        others = self._others([blobs[row] for row in rest])
-        return self._merge(len(blobs), jobs, decoded, rest, others)
+        headers = {row: header for row, (_, header, _) in jobs.items()}
+        return self._merge(headers, decoded, rest, self._others([blobs[row] for row in rest]))
 
     def _job(self, blob: bytes) -> _Job | None:
         """Return what DALI needs to know of a picture; None for one that it is not given."""
@@ -92,28 +95,24 @@ class DaliPreprocessor:
         return blob, header, plan.before_orientation(header.orientation)
 
     def _merge(
-        self,
-        count: int,
-        jobs: dict[int, _Job],
-        decoded: torch.Tensor | None,
-        rest: list[int],
-        others: PreprocessedBatch,
+        self, headers: dict[int, ImageHeader], decoded: torch.Tensor | None, rest: list[int], others: PreprocessedBatch
     ) -> PreprocessedBatch:
-        rows = sorted([*jobs, *(rest[row] for row in others.rows)])
-        place = {row: index for index, row in enumerate(rows)}
-        pixels = empty_pixels(len(rows), self.spec, self._device)
+        """Put DALI's pictures and the others, whose rows count within `rest`, in the order of the blobs."""
+        count = len(headers) + len(rest)
         errors: list[str | None] = [None] * count
         widths: list[int | None] = [None] * count
         heights: list[int | None] = [None] * count
-        for index, (row, (_, header, _)) in enumerate(jobs.items()):
-            assert decoded is not None
-            pixels[place[row]].copy_(upright(decoded[index], header.orientation))
+        for row, header in headers.items():
             widths[row], heights[row] = header.width, header.height
         for index, row in enumerate(rest):
             errors[row], widths[row], heights[row] = others.errors[index], others.widths[index], others.heights[index]
-        for index, row in enumerate(others.rows):
-            pixels[place[rest[row]]].copy_(others.pixels[index])
-        return PreprocessedBatch(pixels, rows, errors, widths, heights)
+
+        rows = [*headers, *(rest[row] for row in others.rows)]
+        order = sorted(range(len(rows)), key=rows.__getitem__)
+        pixels = others.pixels.to(self._device)
+        if decoded is not None:
+            pixels = torch.cat([decoded, pixels])[order] if others.rows else decoded
+        return PreprocessedBatch(pixels, sorted(rows), errors, widths, heights)
 
 
 class _Graph:
