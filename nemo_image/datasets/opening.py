@@ -216,13 +216,14 @@ def name_shards(metadata: Any, tar_files: Sequence[str], root: str) -> Any:
     if metadata.npartitions != len(tar_files):
         raise ArgumentError(
             f"metadata has no column {schema.SHARD!r} and {metadata.npartitions} partitions for {len(tar_files)} "
-            "tar files: "
-            "give one partition a tar file, or a column that says each row's shard"
+            "tar files: give one partition a tar file, or a column that says each row's shard"
         )
     names = [posixpath.relpath(tar, root).removesuffix(".tar") for tar in tar_files]
     named = dd.from_map(_one_name, names, meta=schema.empty_frame([("name", schema.arrow_dtype("string"))]))
     meta = metadata._meta.assign(**{schema.SHARD: schema.shard_meta()})
-    return metadata.map_partitions(_add_shard, named, meta=meta, align_dataframes=False)
+    made = metadata.map_partitions(_add_shard, named, meta=meta, align_dataframes=False)
+    # Moves nothing, but makes it one frame for Dask, which would else align filters of it by the index, in a shuffle.
+    return made.repartition(npartitions=made.npartitions)
 
 
 def _one_name(name: str) -> pd.DataFrame:

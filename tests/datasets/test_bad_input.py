@@ -227,6 +227,12 @@ def test_constructor_frame_without_shard(tmp_path: Path) -> None:
     dataset = ImageTextPairDataset(tmp_path, dd.from_pandas(frame, npartitions=2), tars, "key")
     assert dataset.metadata.compute()["shard"].tolist() == ["a", "a", "b", "b"]
     assert len(dataset) == 4
+    dataset.metadata = dataset.metadata[dataset.metadata["key"] != "000001"]
+    assert dataset.metadata.compute()[["shard", "key"]].astype(str).values.tolist() == [
+        ["a", "000000"],
+        ["b", "000002"],
+        ["b", "000003"],
+    ]
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.5])
