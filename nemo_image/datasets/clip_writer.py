@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,8 @@ from nemo_image.datasets.columns import rows_by_shard
 from nemo_image.datasets.load import id_positions, require_unique
 from nemo_image.datasets.save_shard import SaveItem
 from nemo_image.datasets.source import DatasetSource
-from nemo_image.engine.ledger import ShardRecord
-from nemo_image.errors import DatasetError, EmbeddingError, one_line
+from nemo_image.engine.ledger import ShardRecord, accounted
+from nemo_image.errors import DatasetError, EmbeddingError
 from nemo_image.shards import files, parquet
 
 
@@ -78,13 +77,8 @@ class WriteClipShard:
     def __call__(self, item: ClipItem) -> Written:
         """Write one shard."""
         record = Written(shard=item.shard)
-        started = time.monotonic()
-        try:
+        with accounted(record):
             self._write(item, record)
-            record.balance()
-        except Exception as error:
-            record.status, record.error = "failed", one_line(error)
-        record.seconds = round(time.monotonic() - started, 3)
         return record
 
     def _write(self, item: ClipItem, record: Written) -> None:

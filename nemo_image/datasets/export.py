@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,8 @@ from nemo_image.datasets.save import finish, materialize, run_shards
 from nemo_image.datasets.selection import Counted, CountItem, CountSelected, digest_of, select
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.datasets.state import DatasetState
-from nemo_image.engine.ledger import FOLDER, ShardRecord
-from nemo_image.errors import ArgumentError, DatasetError, one_line
+from nemo_image.engine.ledger import FOLDER, ShardRecord, accounted
+from nemo_image.errors import ArgumentError, DatasetError
 from nemo_image.export import plan, write
 from nemo_image.shards import files
 
@@ -51,18 +50,13 @@ class WriteOutput:
 
     def __call__(self, item: OutputItem) -> ShardRecord:
         """Write one output shard."""
-        started = time.monotonic()
-        try:
+        record = ShardRecord(shard=item.shard)
+        with accounted(record):
             done = write.is_written(self.settings, item.shard)
             if done is not None and done.footer is not None:
                 return ShardRecord.from_dict({**done.footer.record, "status": "skipped", "rows_out": done.rows})
             taken = [self._take(take, *one) for take, one in zip(item.takes, item.sources, strict=True)]
-            record = write.write_output(
-                self.settings, item.shard, lambda place: self.naming.sample(item.number, place), taken
-            )
-        except Exception as error:
-            record = ShardRecord(shard=item.shard, status="failed", error=one_line(error))
-        record.seconds = round(time.monotonic() - started, 3)
+            write.write_output(self.settings, record, lambda place: self.naming.sample(item.number, place), taken)
         return record
 
     def _take(self, take: plan.Take, shard: str, rows: PartitionTask, digest: str) -> write.Taken:
@@ -71,8 +65,7 @@ class WriteOutput:
         if digest_of(self.source, shard, frame, found) != digest:
             raise DatasetError(
                 f"shard {shard}: other rows pass {self.filter_column!r} now than when they were counted, or its tar "
-                "has "
-                "changed: a filter that draws at random must be saved first (save_metadata), then exported"
+                "has changed: a filter that draws at random must be saved first (save_metadata), then exported"
             )
         chosen = found.rows[take.positions]
         wanted = [one for one in self.settings.arrow_schema if one.name in frame.columns and one.name != schema.SHARD]

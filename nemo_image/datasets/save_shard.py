@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -16,8 +15,8 @@ from nemo_image import backend, schema
 from nemo_image.datasets.columns import rows_by_shard, same_file, tar_identity
 from nemo_image.datasets.load import id_positions, read_rows, require_unique
 from nemo_image.datasets.source import DatasetSource
-from nemo_image.engine.ledger import Named, ShardRecord
-from nemo_image.errors import DatasetError, IdMismatchError, ShardError, one_line
+from nemo_image.engine.ledger import Named, ShardRecord, accounted
+from nemo_image.errors import DatasetError, IdMismatchError, ShardError
 from nemo_image.shards import files, parquet
 from nemo_image.shards.read import ShardReader, match_samples
 
@@ -85,17 +84,11 @@ class SaveShard:
     def __call__(self, item: SaveItem) -> ShardRecord:
         """Save one shard."""
         record = ShardRecord(shard=item.shard)
-        started = time.monotonic()
-        try:
+        with accounted(record):
             done = self._finished_before(item.shard) if self.resume else None
             if done is not None:
                 return done
             self._save(item, record)
-            record.balance()
-        except Exception as error:
-            record.status = "failed"
-            record.error = one_line(error)
-        record.seconds = round(time.monotonic() - started, 3)
         return record
 
     # Was it done before? ---------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,7 @@ from nemo_image.datasets.columns import tar_identity
 from nemo_image.datasets.load import require_unique
 from nemo_image.datasets.partitions import PartitionTask
 from nemo_image.datasets.source import DatasetSource
-from nemo_image.engine.ledger import Named, ShardRecord
-from nemo_image.errors import one_line
+from nemo_image.engine.ledger import Named, ShardRecord, accounted
 from nemo_image.shards import parquet
 from nemo_image.shards.read import ShardReader, match_samples
 
@@ -58,13 +56,8 @@ class CountSelected:
     def __call__(self, item: CountItem) -> Counted:
         """Count one shard."""
         record = Counted(shard=item.shard)
-        started = time.monotonic()
-        try:
+        with accounted(record):
             self._count(item, record)
-            record.balance()
-        except Exception as error:
-            record.status, record.error = "failed", one_line(error)
-        record.seconds = round(time.monotonic() - started, 3)
         return record
 
     def _count(self, item: CountItem, record: Counted) -> None:

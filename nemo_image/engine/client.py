@@ -18,7 +18,10 @@ _GPU_ONLY = {
     "rmm_maximum_pool_size": None,
     "rmm_managed_memory": False,
     "rmm_release_threshold": None,
+    "rmm_async": True,
+    "enable_spilling": True,
 }
+"""Settings of a `LocalCUDACluster` with their defaults: elsewhere they would do nothing, and are refused."""
 
 
 def get_client(
@@ -89,13 +92,23 @@ rmm_release_threshold
         "rmm_maximum_pool_size": rmm_maximum_pool_size,
         "rmm_managed_memory": rmm_managed_memory,
         "rmm_release_threshold": rmm_release_threshold,
+        "rmm_async": rmm_async,
+        "enable_spilling": enable_spilling,
     }
-    if scheduler_address is not None or scheduler_file is not None:
-        return _join(scheduler_address, scheduler_file, n_workers, threads_per_worker, cluster_kwargs)
-    if cluster_type == "gpu":
-        gpu_settings |= {"rmm_async": rmm_async, "enable_cudf_spill": enable_spilling}
-        return _start_gpu(n_workers, threads_per_worker or 1, protocol, gpu_settings, cluster_kwargs)
     changed = [name for name, default in _GPU_ONLY.items() if gpu_settings[name] != default]
+    if scheduler_address is not None or scheduler_file is not None:
+        given = {"n_workers": n_workers, "threads_per_worker": threads_per_worker}
+        changed += [name for name, value in given.items() if value is not None]
+        changed += ["protocol"] if protocol != "tcp" else []
+        if changed:
+            raise ArgumentError(
+                f"{changed[0]} is a setting of a cluster that is started here; a running one was started with its own: "
+                "give it to its scheduler and workers"
+            )
+        return _join(scheduler_address, scheduler_file, cluster_kwargs)
+    if cluster_type == "gpu":
+        gpu_settings["enable_cudf_spill"] = gpu_settings.pop("enable_spilling")
+        return _start_gpu(n_workers, threads_per_worker or 1, protocol, gpu_settings, cluster_kwargs)
     if changed:
         raise ArgumentError(f"{changed[0]} is a setting of GPU clusters: leave it out, or give cluster_type='gpu'")
     return _start_cpu(n_workers, threads_per_worker, protocol, cluster_kwargs)
@@ -179,16 +192,12 @@ def _let_torch_use_rmm() -> None:
 def _join(
     address: str | None,
     file: str | os.PathLike[str] | None,
-    n_workers: int | None,
-    threads_per_worker: int | None,
     client_kwargs: Mapping[str, Any],
 ) -> Any:
     from distributed import Client
 
     if address is not None and file is not None:
         raise ArgumentError("give scheduler_address or scheduler_file, not both")
-    if n_workers is not None or threads_per_worker is not None:
-        raise ArgumentError("n_workers and threads_per_worker start a local cluster; a running one has its own workers")
     if file is not None and not os.path.exists(file):
         raise ClusterError(
             f"scheduler_file {os.fspath(file)!r} does not exist: start the scheduler with --scheduler-file"

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import datetime
 import json
+import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 from nemo_image import schema
-from nemo_image.errors import NemoImageError
+from nemo_image.errors import NemoImageError, one_line
 from nemo_image.shards import files
 
 FOLDER = "_nemo_image"
@@ -126,6 +128,18 @@ class ShardRecord:
         for name in ("rows_without_sample", "samples_without_row", "repeated_members"):
             known[name] = Named(**known.get(name, {}))
         return cls(**known)
+
+
+@contextmanager
+def accounted(record: ShardRecord) -> Iterator[None]:
+    """Time a shard's task, check its account at the end, and make whatever it raises the record's failure."""
+    started = time.monotonic()
+    try:
+        yield
+        record.balance()
+    except Exception as error:
+        record.status, record.error = "failed", one_line(error)
+    record.seconds = round(time.monotonic() - started, 3)
 
 
 def count_failures(reasons: Iterable[str]) -> dict[str, int]:

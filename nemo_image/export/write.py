@@ -81,16 +81,16 @@ def is_written(settings: ExportSettings, shard: str) -> parquet.FileSummary | No
 
 
 def write_output(
-    settings: ExportSettings, shard: str, new_ids: Callable[[int], str], taken: Sequence[Taken]
-) -> ShardRecord:
-    """Write an output shard from what was taken for it.
+    settings: ExportSettings, record: ShardRecord, new_ids: Callable[[int], str], taken: Sequence[Taken]
+) -> None:
+    """Write the output shard that `record` names from what was taken for it, and account for it there.
 
     Raises
     ------
     DatasetError
         If two samples would have the same key (with `keep_ids`).
     """
-    record = ShardRecord(shard=shard)
+    shard = record.shard
     order = _in_order(taken)
     keys = [sample.key if settings.keep_ids else new_ids(place) for place, (_, sample, _) in enumerate(order)]
     _require_unique(keys, shard)
@@ -123,8 +123,6 @@ def write_output(
     )
     url = files.join(settings.root, shard + ".parquet")
     record.rows_out = parquet.write_table(url, table, footer, settings.storage_options)
-    record.balance()
-    return record
 
 
 def _in_order(taken: Sequence[Taken]) -> list[tuple[int, Sample, int]]:

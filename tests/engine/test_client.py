@@ -63,6 +63,10 @@ def test_join_by_file_and_by_address(tmp_path: Path, cluster: Any) -> None:
         ({"scheduler_address": "tcp://x:1", "n_workers": 2}, "n_workers"),
         ({"rmm_pool_size": "2G"}, "rmm_pool_size"),
         ({"nvlink_only": True}, "nvlink_only"),
+        ({"rmm_async": False}, "rmm_async"),
+        ({"enable_spilling": False}, "enable_spilling"),
+        ({"scheduler_file": "x", "rmm_pool_size": "2G", "cluster_type": "gpu"}, "rmm_pool_size"),
+        ({"scheduler_file": "x", "protocol": "ucx"}, "protocol"),
     ],
 )
 def test_unusable_arguments(arguments: dict[str, Any], said: str) -> None:

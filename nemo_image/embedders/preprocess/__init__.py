@@ -8,7 +8,7 @@ path                        decodes and resizes with                     beside 
 =========================== ============================================ ==================================
 `PillowPreprocessor`        Pillow                                       equal
 `TorchvisionPreprocessor`   libjpeg and torch's uint8 resize, CPU        at most 1
-DaliPreprocessor            DALI, CPU or GPU (JPEG; else torchvision's)  mean 0.2
+DaliPreprocessor            DALI, CPU or GPU (JPEG; else torchvision's)  at most 9
 =========================== ============================================ ==================================
 """
 
