@@ -17,6 +17,7 @@
     ├── EmbeddingError                    an embedding column has the wrong size or origin
     ├── RunError                          a run ended with failed shards (``failures`` lists them)
     │   └── TooManyFailuresError          … so many that it was stopped early
+    ├── OutputBusyError                   another run is writing to the same output
     ├── ClusterError                      a cluster cannot be started or joined
     └── MissingDependencyError (ImportError)   an optional package is absent (names the pip line)
 """
@@ -114,6 +115,10 @@ class RunError(NemoImageError):
 
 class TooManyFailuresError(RunError):
     """So many shards failed that the run was stopped early."""
+
+
+class OutputBusyError(NemoImageError):
+    """Another run, still alive, is writing to the same output."""
 
 
 class ClusterError(NemoImageError):
