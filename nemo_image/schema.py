@@ -45,6 +45,9 @@ EMBEDDING_TYPES = {"float32": pa.list_(pa.float32()), "float16": pa.list_(pa.flo
 FOOTER_KEY = b"nemo_image"
 """Key of our record in a Parquet footer."""
 
+MISSING = "missing"
+"""Category of ``image_error`` for rows without a sample, or whose sample has no image."""
+
 SHARD_FAILED = "shard_failed"
 """Category of ``image_error`` for rows whose whole shard could not be read; never saved."""
 

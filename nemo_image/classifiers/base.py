@@ -304,6 +304,8 @@ class ImageClassifier:
 class ScorePartition:
     """Scores the rows of a partition, with a classifier that is prepared."""
 
+    row_by_row = True
+
     def __init__(self, classifier: ImageClassifier, device: str = "cpu") -> None:
         self.classifier = classifier
         self.device = device

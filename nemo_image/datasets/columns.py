@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from nemo_image import backend, schema
-from nemo_image.datasets.load import id_positions
+from nemo_image.datasets.load import rows_by_id
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.shards import files, parquet
 
@@ -38,6 +38,8 @@ class ColumnFunction:
         something; else the operator's own replaces it.
     earlier : sequence of str, optional
         Folders of Parquet files from which values made before are taken; the dataset's own by default.
+    retry_failed : bool
+        Whether images that could not be decoded before are tried again.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class ColumnFunction:
         fingerprints: Mapping[str, Mapping[str, Any]],
         joins_errors: bool,
         earlier: Sequence[str] | None = None,
+        retry_failed: bool = False,
     ) -> None:
         self.function = function
         self.source = source
@@ -55,8 +58,14 @@ class ColumnFunction:
         self.fingerprints = dict(fingerprints)
         self.joins_errors = joins_errors
         self.earlier = (source.metadata_root,) if earlier is None else tuple(earlier)
+        self.retry_failed = retry_failed
 
-    def taking_from(self, earlier: Sequence[str]) -> ColumnFunction:
+    @property
+    def row_by_row(self) -> bool:
+        """Whether `function` computes each row without looking at others, so that it may see them in pieces."""
+        return bool(getattr(self.function, "row_by_row", False))
+
+    def taking_from(self, earlier: Sequence[str], retry_failed: bool = False) -> ColumnFunction:
         """Return the same function with other folders to take earlier values from; none means to compute all."""
         return ColumnFunction(
             self.function,
@@ -65,6 +74,7 @@ class ColumnFunction:
             self.fingerprints,
             self.joins_errors,
             tuple(dict.fromkeys(earlier)),
+            retry_failed,
         )
 
     def __call__(self, frame: pd.DataFrame) -> pd.DataFrame:
@@ -109,31 +119,27 @@ class ColumnFunction:
         url = files.join(root, shard + ".parquet")
         if not reusable_columns(url, self.source, shard, self.fingerprints):
             return None
-        names = list(dict.fromkeys([self.source.id_col, *self.outputs, schema.IMAGE_ERROR]))
+        names = list(dict.fromkeys([*self.outputs, schema.IMAGE_ERROR]))
         present = parquet.read_summary(url, self.source.storage_options).schema.names
-        table = parquet.read_table(url, [name for name in names if name in present], self.source.storage_options)
-        positions = id_positions(backend.arrow_values(ids), table[self.source.id_col], url)
-        found = np.flatnonzero(positions >= 0)
-        table = table.take(positions[found])
-        part = pd.DataFrame(
-            {
-                name: backend.series_of(table[name], ids.index[found])
-                for name in table.column_names
-                if name != self.source.id_col
-            }
-        )
+        names = [name for name in names if name in present]
+        found, table = rows_by_id(self.source, shard, url, backend.arrow_values(ids), names)
+        part = pd.DataFrame({name: backend.series_of(table[name], ids.index[found]) for name in names})
         finished = part[next(iter(self.outputs))].notna()
         if schema.IMAGE_ERROR in part:
-            finished |= part[schema.IMAGE_ERROR].notna()
+            finished |= part[schema.IMAGE_ERROR].notna() & ~self._to_retry(part[schema.IMAGE_ERROR])
         part = part.loc[finished.to_numpy(dtype=bool)]
         return part[list(self.outputs)] if len(part) else None
+
+    def _to_retry(self, reasons: pd.Series) -> Any:
+        return is_bad_image(reasons) if self.retry_failed else pd.Series(False, reasons.index)
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         from dask.base import normalize_token
 
         names = [(name, str(dtype)) for name, dtype in self.outputs.items()]
         tokens = [normalize_token(self.function), repr(sorted(self.fingerprints.items()))]
-        return ("ColumnFunction", self.source.__dask_tokenize__(), names, *tokens, self.joins_errors, self.earlier)
+        settings = (self.joins_errors, self.earlier, self.retry_failed)
+        return ("ColumnFunction", self.source.__dask_tokenize__(), names, *tokens, *settings)
 
 
 def reusable_columns(
@@ -183,7 +189,12 @@ def required_inputs(source: DatasetSource, inputs: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([schema.SHARD, source.id_col, *inputs]))
 
 
-def with_earlier(frame: Any, earlier: Sequence[str]) -> Any:
+def is_bad_image(reasons: Any) -> Any:
+    """Tell which reasons of ``image_error`` are a picture's own: all but those of samples that are not there."""
+    return reasons.notna() & ~reasons.fillna("").str.startswith(schema.MISSING + ":").astype(bool)
+
+
+def with_earlier(frame: Any, earlier: Sequence[str], retry_failed: bool = False) -> Any:
     """Return a Dask frame whose operators take earlier values from the folders given."""
     from dask._collections import new_collection
 
@@ -195,5 +206,5 @@ def with_earlier(frame: Any, earlier: Sequence[str]) -> Any:
         if isinstance(operand, ColumnFunction)
     }
     for function in functions.values():
-        expression = expression.substitute(function, function.taking_from(earlier))
+        expression = expression.substitute(function, function.taking_from(earlier, retry_failed))
     return new_collection(expression) if functions else frame

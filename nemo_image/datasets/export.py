@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 from dask.base import tokenize
@@ -14,7 +15,8 @@ from dask.base import tokenize
 from nemo_image import backend, schema
 from nemo_image.datasets.partitions import PartitionTask, ShardTasks, shard_tasks
 from nemo_image.datasets.save import finish, materialize, run_shards
-from nemo_image.datasets.selection import Counted, CountItem, CountSelected, digest_of, select
+from nemo_image.datasets.selection import Counted, CountItem, CountSelected, Selected, find_selected
+from nemo_image.datasets.shard_pass import ShardPass
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.datasets.state import DatasetState
 from nemo_image.engine.ledger import FOLDER, ShardRecord, accounted
@@ -26,13 +28,23 @@ MANIFEST = "export.json"
 
 
 @dataclass
+class SourceShard:
+    """A source shard: the task of its rows, and the one that counted them, with the digest of what it counted."""
+
+    shard: str
+    rows: PartitionTask
+    counted_rows: PartitionTask
+    digest: str
+
+
+@dataclass
 class OutputItem:
-    """An output shard to write: what it takes, and the source shards with their tasks and digests."""
+    """An output shard to write: what it takes, and from which source shards."""
 
     shard: str
     number: int
     takes: Sequence[plan.Take]
-    sources: Sequence[tuple[str, PartitionTask, str]]
+    sources: Sequence[SourceShard]
 
 
 class WriteOutput:
@@ -55,27 +67,43 @@ class WriteOutput:
             done = write.is_written(self.settings, item.shard)
             if done is not None and done.footer is not None:
                 return ShardRecord.from_dict({**done.footer.record, "status": "skipped", "rows_out": done.rows})
-            taken = [self._take(take, *one) for take, one in zip(item.takes, item.sources, strict=True)]
+            taken = [self._take(take, one) for take, one in zip(item.takes, item.sources, strict=True)]
             write.write_output(self.settings, record, lambda place: self.naming.sample(item.number, place), taken)
         return record
 
-    def _take(self, take: plan.Take, shard: str, rows: PartitionTask, digest: str) -> write.Taken:
-        frame = rows()
-        found = select(self.source, shard, frame, self.filter_column)
-        if digest_of(self.source, shard, frame, found) != digest:
-            raise DatasetError(
-                f"shard {shard}: other rows pass {self.filter_column!r} now than when they were counted, or its tar "
-                "has changed: a filter that draws at random must be saved first (save_metadata), then exported"
-            )
-        chosen = found.rows[take.positions]
+    def _take(self, take: plan.Take, source: SourceShard) -> write.Taken:
+        with ShardPass(self.source, source.shard) as under_way:
+            found = find_selected(under_way, source.counted_rows, self.filter_column)
+            if found.digest != source.digest:
+                raise DatasetError(
+                    f"shard {source.shard}: other rows pass {self.filter_column!r} now than when they were counted, or "
+                    "its files have changed: a filter that draws at random must be saved first (save_metadata), then "
+                    "exported"
+                )
+            table = self._rows_at(under_way, source.rows, found, found.rows[take.positions])
+        samples = [found.index.samples[place] for place in found.places[take.positions]]
+        return write.Taken(self.source.tar_url(source.shard), samples, table, take.places)
+
+    def _rows_at(self, under_way: ShardPass, rows: PartitionTask, found: Selected, wanted: Any) -> pa.Table:
+        """Return rows of the user's frame by their positions in it, with all columns, window by window."""
+        ascending = np.sort(wanted)
+        parts = []
+        first = 0
+        for length in under_way.windows_of(found.ids, rows.row_by_row, found.lengths):
+            inside = ascending[(ascending >= first) & (ascending < first + length)] - first
+            if len(inside):
+                parts.append(self._to_table(rows().iloc[inside]))
+            first += length
+        table = pa.concat_tables(parts)
+        return table.take(pa.array(np.searchsorted(ascending, wanted)))
+
+    def _to_table(self, frame: pd.DataFrame) -> pa.Table:
         wanted = [one for one in self.settings.arrow_schema if one.name in frame.columns and one.name != schema.SHARD]
         fields = [
             pa.field(one.name, backend.arrow_type_of(frame[one.name])) if self._is_id(one.name) else one
             for one in wanted
         ]
-        table = backend.frame_to_table(frame.iloc[chosen], pa.schema(fields))
-        samples = [found.index.samples[place] for place in found.places[take.positions]]
-        return write.Taken(self.source.tar_url(shard), samples, table, take.places)
+        return backend.frame_to_table(frame, pa.schema(fields))
 
     def _is_id(self, name: str) -> bool:
         """Ids are read in their own type, and written as the new ids' text."""
@@ -103,7 +131,8 @@ def export(
     _require_free(target, before, options)
     state, tasks = _one_partition_a_shard(state)
     source = state.source
-    counted = _count(state, source, filter_column)
+    counting = _counting_tasks(state, filter_column)
+    counted = _count(state, source, filter_column, counting)
     total = sum(record.selected for record in counted)
     if not total:
         raise DatasetError(f"no row has {filter_column!r} true and a sample in its tar: nothing to export")
@@ -128,7 +157,7 @@ def export(
         footer_columns={name: made for name, made in state.lineage.provenance.items() if name in arrow_schema.names},
         storage_options=options,
     )
-    items = _outputs(tasks, counted, naming, samples_per_shard, shuffle_seed)
+    items = _outputs(tasks, counting, counted, naming, samples_per_shard, shuffle_seed)
     work = WriteOutput(source, settings, naming, filter_column)
     written = run_shards("to_webdataset", work, items, plan.count_outputs(total, samples_per_shard), 1.0)
     totals = finish(target, "to_webdataset-output", written, options)
@@ -190,10 +219,21 @@ def _one_partition_a_shard(state: DatasetState) -> tuple[DatasetState, ShardTask
     return state, tasks
 
 
-def _count(state: DatasetState, source: DatasetSource, filter_column: str) -> list[Counted]:
-    frame = state.frame[[schema.SHARD, source.id_col, filter_column]]
-    tasks = shard_tasks(frame)
+def _counting_tasks(state: DatasetState, filter_column: str) -> ShardTasks:
+    """Return the tasks of the columns by which rows are counted and told apart.
+
+    Embeddings are not among them: what the user has not touched is told by its file.
+    """
+    frame = state.frame
+    names = [schema.SHARD, state.source.id_col, filter_column]
+    if state.lineage.touched:
+        names += [name for name in frame.columns if not pa.types.is_list(backend.arrow_type_of(frame._meta[name]))]
+    tasks = shard_tasks(frame[list(dict.fromkeys(names))])
     assert tasks is not None
+    return tasks
+
+
+def _count(state: DatasetState, source: DatasetSource, filter_column: str, tasks: ShardTasks) -> list[Counted]:
     items = (CountItem(shard, task) for shard, task in tasks)
     work = CountSelected(source, filter_column)
     records = run_shards("to_webdataset: counting", work, items, len(tasks.shards), 0.0)
@@ -204,13 +244,17 @@ def _count(state: DatasetState, source: DatasetSource, filter_column: str) -> li
 
 def _outputs(
     tasks: ShardTasks,
+    counting: ShardTasks,
     counted: Sequence[Counted],
     naming: plan.Naming,
     samples_per_shard: int,
     shuffle_seed: int | None,
 ) -> Iterator[OutputItem]:
-    by_name = dict(tasks)
-    sources = [(record.shard, by_name[record.shard], record.digest) for record in counted]
+    by_name, counting_by_name = dict(tasks), dict(counting)
+    sources = [
+        SourceShard(record.shard, by_name[record.shard], counting_by_name[record.shard], record.digest)
+        for record in counted
+    ]
     counts = [record.selected for record in counted]
     for number in range(plan.count_outputs(sum(counts), samples_per_shard)):
         takes = plan.takes_of(counts, number, samples_per_shard, shuffle_seed)

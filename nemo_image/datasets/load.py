@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nemo_image import backend, schema
+from nemo_image.datasets.shard_pass import ShardPass, in_window, match_rows, open_tar
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.errors import IdMismatchError, MetadataFileError
-from nemo_image.shards import parquet
-from nemo_image.shards.files import open_fs
-from nemo_image.shards.read import ShardReader, match_samples
+from nemo_image.shards import files, parquet
+from nemo_image.shards.read import ShardReader
 
 logger = logging.getLogger("nemo_image")
 
@@ -36,10 +36,10 @@ class ShardLoader:
         source = self.source
         wanted = [*source.schema.names, schema.SHARD] if columns is None else list(columns)
         table = self._table(shard, [name for name in wanted if name != schema.SHARD])
-        frame = pd.DataFrame(
-            {name: backend.series_of(table[name], pd.RangeIndex(len(table))) for name in table.column_names},
-            index=pd.RangeIndex(len(table)),
-        )
+        under_way = in_window(source, shard)
+        first = 0 if under_way is None or under_way.window is None else under_way.window[0]
+        index = pd.RangeIndex(first, first + len(table))
+        frame = pd.DataFrame({name: backend.series_of(table[name], index) for name in table.column_names}, index=index)
         if schema.SHARD in wanted:
             frame[schema.SHARD] = schema.shard_column(shard, len(frame))
         return frame[wanted]
@@ -58,7 +58,8 @@ class ShardLoader:
         own = [name for name in columns if not any(name in names for names in source.sidecars.values())]
         need_ids = len(own) < len(columns) or source.on_mismatch != "null"
         read = own if source.id_col in own or not need_ids else [*own, source.id_col]
-        table = read_rows(source, shard, read)
+        under_way = in_window(source, shard)
+        table = read_rows(source, shard, read) if under_way is None else _read_window(under_way, read)
         for folder, names in source.sidecars.items():
             taken = [name for name in columns if name in names]
             if taken:
@@ -69,8 +70,8 @@ class ShardLoader:
 
     def _checked(self, shard: str, table: pa.Table) -> pa.Table:
         source = self.source
-        with ShardReader(source.tar_url(shard), source.storage_options) as reader:
-            found = match_samples(reader, table[source.id_col].to_pylist(), source.id_col) >= 0
+        with open_tar(source, shard) as reader:
+            found = match_rows(reader, source, shard, table[source.id_col].to_pylist()) >= 0
         if found.all():
             return table
         if source.on_mismatch == "raise":
@@ -92,14 +93,32 @@ def read_rows(source: DatasetSource, shard: str, columns: Sequence[str]) -> pa.T
     """
     url = source.parquet_url(shard)
     if source.built_from_tars and not _exists(url, source.storage_options):
-        with ShardReader(source.tar_url(shard), source.storage_options) as reader:
-            table = metadata_of_tar(reader)
-        return _conform(table, source, shard, columns)
+        with open_tar(source, shard) as reader:
+            return _conform(metadata_of_tar(reader), source, shard, columns)
+    table = parquet.read_table(url, _present(source, url, columns), source.storage_options)
+    return _conform(table, source, shard, columns)
+
+
+def _read_window(under_way: ShardPass, columns: Sequence[str]) -> pa.Table:
+    """Read the present window's rows of columns of a shard's own metadata, as :func:`read_rows` does."""
+    source, shard = under_way.source, under_way.shard
+    assert under_way.window is not None
+    start, stop = under_way.window
+    url = source.parquet_url(shard)
+    if source.built_from_tars and not _exists(url, source.storage_options):
+        table = under_way.whole("metadata", lambda: read_rows(source, shard, source.schema.names))
+        return table.select(columns).slice(start, stop - start)
+    # The id is read along, so that there is a column that tells the number of rows.
+    present = _present(source, url, dict.fromkeys([*columns, source.id_col]))
+    return _conform(under_way.rows(url, present).read(start, stop), source, shard, columns)
+
+
+def _present(source: DatasetSource, url: str, columns: Iterable[str]) -> list[str]:
+    """Return those of the columns that a shard's file has."""
     present = parquet.read_summary(url, source.storage_options).schema.names
     if source.id_col not in present:
         raise MetadataFileError(f"{url} has no column {source.id_col!r} (id_col); it has {', '.join(present)}")
-    table = parquet.read_table(url, [name for name in columns if name in present], source.storage_options)
-    return _conform(table, source, shard, columns)
+    return [name for name in columns if name in present]
 
 
 def _conform(table: pa.Table, source: DatasetSource, shard: str, columns: Sequence[str]) -> pa.Table:
@@ -129,20 +148,55 @@ def _cast(column: pa.ChunkedArray, kind: pa.DataType, url: str, name: str) -> pa
 
 
 def _join_sidecar(source: DatasetSource, table: pa.Table, folder: str, shard: str, names: Sequence[str]) -> pa.Table:
-    from nemo_image.shards.files import join
-
-    url = join(folder, shard + ".parquet")
+    url = files.join(folder, shard + ".parquet")
     if not _exists(url, source.storage_options):
         for name in names:
             table = table.append_column(name, pa.nulls(len(table), source.schema.field(name).type))
         return table
-    beside = parquet.read_table(url, [source.id_col, *names], source.storage_options)
-    positions = id_positions(table[source.id_col], beside[source.id_col], url)
-    taken = pa.array(positions, mask=positions < 0)
+    found, beside = rows_by_id(source, shard, url, table[source.id_col], names)
+    places = np.full(len(table), -1, np.int64)
+    places[found] = np.arange(len(found))
+    taken = pa.array(places, mask=places < 0)
     for name in names:
         column = _cast(beside[name], source.schema.field(name).type, url, name)
         table = table.append_column(name, column.take(taken))
     return table
+
+
+def rows_by_id(
+    source: DatasetSource, shard: str, url: str, ids: Any, columns: Sequence[str]
+) -> tuple[np.ndarray[Any, np.dtype[np.int64]], pa.Table]:
+    """Find rows of a shard's further Parquet file (a sidecar, an earlier output) by their ids.
+
+    Parameters
+    ----------
+    url : str
+        The file; it has the column `id_col` and `columns`.
+    ids : pyarrow array
+        The ids wanted.
+
+    Returns
+    -------
+    found : ndarray of int64
+        The positions in `ids` of those that the file has, ascending.
+    table : pyarrow.Table
+        The file's rows for them, in the same order.
+
+    Raises
+    ------
+    IdMismatchError
+        If an id stands more than once in the file.
+    """
+    under_way = in_window(source, shard)
+    if under_way is None:
+        table = parquet.read_table(url, list(dict.fromkeys([source.id_col, *columns])), source.storage_options)
+        positions = id_positions(ids, table[source.id_col], url)
+        found = np.flatnonzero(positions >= 0)
+        return found, table.select(columns).take(pa.array(positions[found]))
+    present = under_way.whole(url, lambda: parquet.read_table(url, [source.id_col], source.storage_options))
+    positions = id_positions(ids, present[source.id_col], url)
+    found = np.flatnonzero(positions >= 0)
+    return found, under_way.rows(url, columns).take(positions[found])
 
 
 def id_positions(wanted: Any, present: Any, where: str) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -224,5 +278,5 @@ def _encodable(value: Any) -> Any:
 
 
 def _exists(url: str, storage_options: Mapping[str, Any]) -> bool:
-    fs, path = open_fs(url, storage_options)
+    fs, path = files.open_fs(url, storage_options)
     return bool(fs.exists(path))

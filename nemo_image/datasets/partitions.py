@@ -17,19 +17,20 @@ class PartitionTask:
     failure would be Dask's too.
     """
 
-    def __init__(self, task: Any) -> None:
+    def __init__(self, task: Any, row_by_row: bool = False) -> None:
         self._task = task
+        self.row_by_row = row_by_row
 
     def __call__(self) -> Any:
         """Return the partition."""
         return self._task({})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle_task, (cloudpickle.dumps(self._task),)
+        return _unpickle_task, (cloudpickle.dumps(self._task), self.row_by_row)
 
 
-def _unpickle_task(data: bytes) -> PartitionTask:
-    return PartitionTask(cloudpickle.loads(data))
+def _unpickle_task(data: bytes, row_by_row: bool) -> PartitionTask:
+    return PartitionTask(cloudpickle.loads(data), row_by_row)
 
 
 class ShardTasks:
@@ -39,15 +40,21 @@ class ShardTasks:
     ----------
     shards : list of str
         The shard of each partition; shards whose partitions the user left out are not among them.
+    row_by_row : bool
+        Whether each row of a partition depends on no other, so that it can be computed in pieces.
     """
 
-    def __init__(self, expression: Any, shards: list[str]) -> None:
+    def __init__(self, expression: Any, shards: list[str], row_by_row: bool) -> None:
         self._expression = expression
         self.shards = shards
+        self.row_by_row = row_by_row
 
     def __iter__(self) -> Iterator[tuple[str, PartitionTask]]:
         for number, shard in enumerate(self.shards):
-            yield shard, PartitionTask(self._expression._task(("nemo-image-partition", number), number))
+            yield (
+                shard,
+                PartitionTask(self._expression._task(("nemo-image-partition", number), number), self.row_by_row),
+            )
 
 
 def shard_tasks(frame: Any) -> ShardTasks | None:
@@ -67,7 +74,18 @@ def shard_tasks(frame: Any) -> ShardTasks | None:
     names, partitions = leaves.pop()
     if len(partitions) != expression.npartitions:
         return None
-    return ShardTasks(expression, [names[number] for number in partitions])
+    return ShardTasks(expression, [names[number] for number in partitions], all(map(_is_row_by_row, parts)))
+
+
+def _is_row_by_row(part: Any) -> bool:
+    """Tell whether a part of the expression makes each row from that row alone: what is not known to do so does not."""
+    from dask.dataframe.dask_expr import _expr as known
+
+    if isinstance(part, known.MapPartitions):
+        return bool(getattr(part.func, "row_by_row", False))
+    if isinstance(getattr(part, "func", None), ShardLoader):
+        return True
+    return isinstance(part, known.Elemwise | known.Filter | known.DropnaFrame | known.DropnaSeries)
 
 
 def _is_other_source(part: Any) -> bool:

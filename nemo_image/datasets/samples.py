@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nemo_image.datasets.load import read_rows
+from nemo_image.datasets.shard_pass import match_rows
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.errors import IdMismatchError
 from nemo_image.shards.index import Member
@@ -22,7 +23,7 @@ def samples_of_rows(
     IdMismatchError
         If no row of the shard at all, these or others, names a sample of its tar.
     """
-    found = match_samples(reader, list(ids), source.id_col)
+    found = match_rows(reader, source, shard, list(ids))
     if len(ids) and not (found >= 0).any():
         require_some_match(reader, source, shard)
     images: dict[int, Member] = {}

@@ -16,7 +16,8 @@ from nemo_image import backend, schema
 from nemo_image.datasets import opening, scattered
 from nemo_image.datasets.columns import with_earlier
 from nemo_image.datasets.partitions import shard_tasks
-from nemo_image.datasets.save_shard import SavedColumns, SaveShard
+from nemo_image.datasets.save_shard import SaveShard
+from nemo_image.datasets.saved_columns import SavedColumns
 from nemo_image.datasets.state import DatasetState
 from nemo_image.engine import ledger
 from nemo_image.engine.progress import Progress

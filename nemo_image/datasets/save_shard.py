@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ import pyarrow as pa
 from nemo_image import backend, schema
 from nemo_image.datasets.columns import rows_by_shard, same_file, tar_identity
 from nemo_image.datasets.load import id_positions, read_rows, require_unique
+from nemo_image.datasets.saved_columns import SavedColumns
+from nemo_image.datasets.shard_account import ShardAccount
+from nemo_image.datasets.shard_pass import ShardPass
 from nemo_image.datasets.source import DatasetSource
-from nemo_image.engine.ledger import Named, ShardRecord, accounted
+from nemo_image.engine.ledger import ShardRecord, accounted
 from nemo_image.errors import DatasetError, IdMismatchError, ShardError
 from nemo_image.shards import files, parquet
-from nemo_image.shards.read import ShardReader, match_samples
 
 RECORDED_LIBRARIES = ("nemo-image", "torch", "torchvision", "timm", "Pillow", "pyarrow", "numpy")
 
@@ -31,43 +34,47 @@ class SaveItem:
     rows: Any
 
 
-@dataclass(frozen=True)
-class SavedColumns:
-    """What a save writes.
+@dataclass
+class _Source:
+    """What is there before a shard is saved.
 
     Attributes
     ----------
-    fields : list of pyarrow.Field
-        The frame's columns to write, without ``shard`` and the id.
-    fingerprints : dict of str to dict
-        What made those that nemo_image added.
-    computed : list of str
-        Those that this save computes.
-    in_place : bool
-        Whether the shard's own file is enriched.
-    plan : str or None
-        Token of the user's frame; None where it is as loaded.
-    reads_images : bool
-        Whether the tars are read.
+    ids : pyarrow array or None
+        Of all rows; None where the shard has no metadata but the user's frame.
+    schema : pyarrow.Schema
+        Of the file that is enriched in place.
+    table : pyarrow.Table or None
+        All rows, where they were built from the tar; else they are read from the file, piece by piece.
     """
 
-    fields: Sequence[pa.Field]
-    id_field: pa.Field
-    fingerprints: Mapping[str, Mapping[str, Any]]
-    computed: Sequence[str]
-    in_place: bool
-    plan: str | None
-    reads_images: bool
+    ids: Any = None
+    schema: pa.Schema = field(default_factory=lambda: pa.schema([]))
+    table: pa.Table | None = None
+    identity: Mapping[str, Any] | None = None
+    footer: parquet.Footer = field(default_factory=parquet.Footer)
+
+    @property
+    def rows(self) -> int:
+        return 0 if self.ids is None else len(self.ids)
 
 
 @dataclass
-class _Source:
-    """What is there before a shard is saved."""
+class _Piece:
+    """Rows to write.
 
-    table: pa.Table | None
-    rows: int
-    identity: Mapping[str, Any] | None
-    footer: parquet.Footer = field(default_factory=parquet.Footer)
+    Attributes
+    ----------
+    table : pyarrow.Table
+    positions : ndarray of int64
+        The source row of each; -1 for one that the user joined.
+    kept : ndarray of bool
+        Whether each came from the user's frame.
+    """
+
+    table: pa.Table
+    positions: Any
+    kept: Any
 
 
 class SaveShard:
@@ -124,17 +131,31 @@ class SaveShard:
         return files.join(self.root, shard + ".parquet")
 
     def _save(self, item: SaveItem, record: ShardRecord) -> None:
-        before = self._source_rows(item.shard)
-        record.rows_in = before.rows
-        if item.rows is None:
-            self._left_out(record, before)
-            return
-        frame = item.rows()
-        self._check_frame(item.shard, frame)
-        table, kept, positions = self._assemble(item.shard, frame, before, record)
-        self._account(item.shard, table, kept, positions, before, record)
-        footer = self._footer(item.shard, table, before, record)
-        record.rows_out = parquet.write_table(self._url(item.shard), table, footer, self.source.storage_options)
+        with ShardPass(self.source, item.shard) as under_way:
+            before = self._source_rows(item.shard)
+            record.rows_in = before.rows
+            if item.rows is None:
+                self._left_out(record, before)
+                return
+            made_by = self._made_by(before)
+            account = ShardAccount(self.source, self.saved, item.shard, before.ids, list(made_by), record)
+            pieces = self._pieces(item, before, under_way)
+            first = next(pieces)
+            with parquet.table_writer(self._url(item.shard), first.table.schema, self.source.storage_options) as out:
+                for piece in chain([first], pieces):
+                    out.write(piece.table)
+                    account.add(piece.table, piece.kept, piece.positions)
+                account.close()
+                out.footer = self._footer(item.shard, made_by, before, account)
+            record.rows_out = parquet.read_summary(self._url(item.shard), self.source.storage_options).rows
+
+    def _pieces(self, item: SaveItem, before: _Source, under_way: ShardPass) -> Iterator[_Piece]:
+        """Compute the user's frame, in windows where that gives the same rows."""
+        in_windows = item.rows.row_by_row and before.ids is not None
+        for _ in under_way.windows(before.ids if in_windows else (), in_windows):
+            frame = item.rows()
+            self._check_frame(item.shard, frame)
+            yield self._assemble(item.shard, frame, before, under_way)
 
     def _left_out(self, record: ShardRecord, before: _Source) -> None:
         """Account for a shard that the user's frame has no partition for."""
@@ -145,7 +166,7 @@ class SaveShard:
             record.rows_filtered, record.rows_out = before.rows, 0
 
     def _source_rows(self, shard: str) -> _Source:
-        """Read what in-place saving keeps, or only the ids where rows go elsewhere."""
+        """Look at the shard's own metadata: the ids, and what in-place saving keeps."""
         source = self.source
         url = source.parquet_url(shard)
         summary = parquet.summary_or_none(url, source.storage_options)
@@ -154,13 +175,15 @@ class SaveShard:
                 # A missing or garbled file is an error with its cause; a frame built by the user may have none.
                 if _identity_or_none(url, source.storage_options) is not None:
                     parquet.read_summary(url, source.storage_options)
-                return _Source(None, 0, None)
+                return _Source()
             table = read_rows(source, shard, source.schema.names)
-            return _Source(table, len(table), None)
-        columns = None if self.saved.in_place else [source.id_col]
-        table = parquet.read_table(url, columns, source.storage_options)
+            ids = table[source.id_col].combine_chunks()
+            require_unique(ids, source.tar_url(shard))
+            return _Source(ids, table.schema, table)
+        ids = parquet.read_table(url, [source.id_col], source.storage_options)[source.id_col].combine_chunks()
+        require_unique(ids, url)
         identity = files.identify(url, source.storage_options).to_dict()
-        return _Source(table, summary.rows, identity, summary.footer or parquet.Footer())
+        return _Source(ids, summary.schema, None, identity, summary.footer or parquet.Footer())
 
     def _check_frame(self, shard: str, frame: pd.DataFrame) -> None:
         others = [name for name in rows_by_shard(frame) if name != shard] if len(frame) else []
@@ -175,20 +198,16 @@ class SaveShard:
         if len(broken):
             raise ShardError(str(broken.iloc[0]).split(": ", 1)[1])
 
-    def _assemble(
-        self, shard: str, frame: pd.DataFrame, before: _Source, record: ShardRecord
-    ) -> tuple[pa.Table, Any, Any]:
-        """Return the table to write, and for each of its rows whether it came from the frame, and from which "
-        "source row."""
+    def _assemble(self, shard: str, frame: pd.DataFrame, before: _Source, under_way: ShardPass) -> _Piece:
         saved = self.saved
-        wanted = pa.schema([saved.id_field, *saved.fields])
-        made = backend.frame_to_table(frame, wanted)
+        made = backend.frame_to_table(frame, pa.schema([saved.id_field, *saved.fields]))
         ids = made[self.source.id_col].combine_chunks()
-        if before.table is None:
-            record.rows_in = len(made)
-            return self._with_shard(made, shard), np.ones(len(made), bool), np.arange(len(made))
+        if before.ids is None:
+            return _Piece(self._with_shard(made, shard), np.full(len(made), -1), np.ones(len(made), bool))
+        start, stop = under_way.window or (0, before.rows)
         where = self.source.parquet_url(shard)
-        positions = id_positions(ids, before.table[self.source.id_col], where)
+        places = id_positions(ids, before.ids.slice(start, stop - start), where)
+        positions = np.where(places < 0, -1, places + start)
         if not saved.in_place:
             return self._ordered(made, shard, positions)
         require_unique(ids, f"the frame's rows of shard {shard}")
@@ -196,26 +215,33 @@ class SaveShard:
             strange = ids[int(np.flatnonzero(positions < 0)[0])].as_py()
             raise IdMismatchError(
                 f"the frame has {(positions < 0).sum()} rows that {where} lacks, for example id {strange!r}: rows "
-                "can only be "
-                "added in another folder (save_metadata(path))"
+                "can only be added in another folder (save_metadata(path))"
             )
-        kept = np.zeros(before.rows, bool)
-        kept[positions] = True
-        return self._enriched(before, made, positions, kept, shard), kept, np.arange(before.rows)
+        base = self._base_rows(shard, before, under_way, start, stop)
+        kept = np.zeros(len(base), bool)
+        kept[places] = True
+        return _Piece(self._enriched(base, made, places, kept, before, shard), np.arange(start, stop), kept)
 
-    def _ordered(self, made: pa.Table, shard: str, positions: Any) -> tuple[pa.Table, Any, Any]:
+    def _base_rows(self, shard: str, before: _Source, under_way: ShardPass, start: int, stop: int) -> pa.Table:
+        """Return the rows that are enriched in place, as they are."""
+        if before.table is not None:
+            return before.table.slice(start, stop - start)
+        table = under_way.rows(self.source.parquet_url(shard), before.schema.names).read(start, stop)
+        return table.replace_schema_metadata(before.schema.metadata)
+
+    def _ordered(self, made: pa.Table, shard: str, positions: Any) -> _Piece:
         """Put the frame's rows in the order of the source's; rows joined by the user come last."""
         order = np.argsort(np.where(positions < 0, np.iinfo(np.int64).max, positions), kind="stable")
         if (order != np.arange(len(order))).any():
             made = made.take(pa.array(order))
-        return self._with_shard(made, shard), np.ones(len(made), bool), positions[order]
+        return _Piece(self._with_shard(made, shard), positions[order], np.ones(len(made), bool))
 
-    def _enriched(self, before: _Source, made: pa.Table, positions: Any, kept: Any, shard: str) -> pa.Table:
-        """Return the source's table with the frame's columns put over it, row by row."""
-        base = before.table
-        assert base is not None
-        origin = np.full(before.rows, -1, np.int64)
-        origin[positions] = np.arange(len(positions))
+    def _enriched(
+        self, base: pa.Table, made: pa.Table, places: Any, kept: Any, before: _Source, shard: str
+    ) -> pa.Table:
+        """Return the source's rows with the frame's columns put over them, row by row."""
+        origin = np.full(len(base), -1, np.int64)
+        origin[places] = np.arange(len(places))
         take = pa.array(origin, mask=origin < 0)
         all_rows = bool(kept.all())
         for one in self.saved.fields:
@@ -239,57 +265,23 @@ class SaveShard:
         number = table.schema.get_field_index(schema.SHARD)
         return table.append_column(one, column) if number < 0 else table.set_column(number, one, column)
 
-    # The account -----------------------------------------------------------------------------------------------------
+    def _made_by(self, before: _Source) -> dict[str, Mapping[str, Any]]:
+        """Return what made each added column of the file to write."""
+        stays = before.footer.columns if self.saved.in_place else {}
+        return {**stays, **self.saved.fingerprints}
 
-    def _account(
-        self, shard: str, table: pa.Table, kept: Any, positions: Any, before: _Source, record: ShardRecord
-    ) -> None:
+    def _footer(
+        self, shard: str, made_by: Mapping[str, Mapping[str, Any]], before: _Source, account: ShardAccount
+    ) -> parquet.Footer:
         saved = self.saved
-        hit = np.unique(positions[positions >= 0])
-        record.rows_joined = len(table) - len(hit)
-        missing = np.setdiff1d(np.arange(record.rows_in or 0), hit)
-        if saved.in_place and not kept.all():
-            record.notes.append(f"{int((~kept).sum())} rows are not in the frame: kept, not computed")
-        record.rows_filtered = len(missing)
-        if self.source.on_mismatch == "drop" and len(missing) and before.table is not None:
-            dropped = self._without_sample(shard, before.table[self.source.id_col].take(pa.array(missing)))
-            if dropped:
-                record.losses["without_sample"] = dropped
-            record.rows_filtered -= dropped
-        record.note_results(table, saved.computed)
-        if saved.reads_images:
-            self._account_samples(shard, table, record)
-        record.rows_out = len(table)
-
-    def _without_sample(self, shard: str, ids: Any) -> int:
-        with ShardReader(self.source.tar_url(shard), self.source.storage_options) as reader:
-            return int((match_samples(reader, ids.to_pylist(), self.source.id_col) < 0).sum())
-
-    def _account_samples(self, shard: str, table: pa.Table, record: ShardRecord) -> None:
-        with ShardReader(self.source.tar_url(shard), self.source.storage_options) as reader:
-            index = reader.index
-            ids = table[self.source.id_col].to_pylist()
-            found = match_samples(reader, ids, self.source.id_col)
-        record.samples = len(index)
-        record.rows_without_sample = Named.of(ids[number] for number in np.flatnonzero(found < 0))
-        unclaimed = np.setdiff1d(np.arange(len(index)), found)
-        record.samples_without_row = Named.of(index.samples[number].key for number in unclaimed)
-        record.repeated_members = Named.of(index.repeated)
-
-    def _footer(self, shard: str, table: pa.Table, before: _Source, record: ShardRecord) -> parquet.Footer:
-        saved = self.saved
-        stays = before.footer.columns if saved.in_place else {}
-        made_by = {name: made for name, made in {**stays, **saved.fingerprints}.items() if name in table.column_names}
-        account = {
-            name: value for name, value in record.to_dict().items() if name not in ("seconds", "error", "status")
-        }
+        values = account.record.to_dict()
         return parquet.Footer(
             columns=made_by,
-            pending=parquet.count_pending(table, made_by),
+            pending={name: account.pending.get(name, 0) for name in made_by},
             source=tar_identity(self.source, shard),
             metadata_source=None if saved.in_place else before.identity,
             plan=None if saved.in_place else saved.plan,
-            record=account,
+            record={name: value for name, value in values.items() if name not in ("seconds", "error", "status")},
             versions=library_versions(),
         )
 

@@ -29,6 +29,8 @@ PIECE_META = {"piece": "string", "shard": "string", "group": "int64"}
 class GatheredRows:
     """A shard's rows, from the row groups that partitions wrote; calls like a partition's task."""
 
+    row_by_row = False
+
     def __init__(self, pieces: Sequence[tuple[str, int]], storage_options: Mapping[str, Any]) -> None:
         self.pieces = list(pieces)
         self.storage_options = dict(storage_options)

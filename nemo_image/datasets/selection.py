@@ -8,16 +8,19 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import xxhash
 
 from nemo_image import backend
 from nemo_image.datasets.columns import tar_identity
-from nemo_image.datasets.load import require_unique
+from nemo_image.datasets.load import read_rows, require_unique
 from nemo_image.datasets.partitions import PartitionTask
+from nemo_image.datasets.shard_pass import ShardPass, open_tar
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.engine.ledger import Named, ShardRecord, accounted
-from nemo_image.shards import parquet
-from nemo_image.shards.read import ShardReader, match_samples
+from nemo_image.shards import files, parquet
+from nemo_image.shards.index import TarIndex
+from nemo_image.shards.read import match_samples
 
 
 @dataclass
@@ -61,53 +64,105 @@ class CountSelected:
         return record
 
     def _count(self, item: CountItem, record: Counted) -> None:
-        frame = item.rows()
-        summary = parquet.summary_or_none(self.source.parquet_url(item.shard), self.source.storage_options)
-        found = select(self.source, item.shard, frame, self.filter_column)
-        record.rows_in = len(frame) if summary is None else summary.rows
-        passed = int(found.passed.sum())
+        with ShardPass(self.source, item.shard) as under_way:
+            found = find_selected(under_way, item.rows, self.filter_column)
+        record.rows_in = found.rows_in
         # Rows that the user's own frame left out or joined before the export's filter.
-        record.rows_joined = max(0, len(frame) - record.rows_in)
-        record.rows_filtered = max(0, record.rows_in - len(frame)) + len(frame) - passed
-        record.losses = {"without_sample": passed - len(found.rows)} if passed > len(found.rows) else {}
+        record.rows_joined = max(0, found.rows_seen - found.rows_in)
+        record.rows_filtered = max(0, found.rows_in - found.rows_seen) + found.rows_seen - found.passed
+        lost = found.passed - len(found.rows)
+        record.losses = {"without_sample": lost} if lost else {}
         record.rows_out = record.selected = len(found.rows)
-        record.samples = found.samples
+        record.samples = len(found.index)
         record.rows_without_sample = Named.of(found.without_sample)
-        record.repeated_members = Named.of(found.repeated)
-        record.digest = digest_of(self.source, item.shard, frame, found)
+        record.repeated_members = Named.of(found.index.repeated)
+        record.digest = found.digest
 
 
 @dataclass
 class Selected:
-    """The rows of a shard that pass and have a sample, in the order of their offset in the tar."""
+    """The rows of a shard that pass and have a sample, in the order of their offset in the tar.
+
+    Attributes
+    ----------
+    rows, places : ndarray of int64
+        Their positions in the user's frame, and in the tar's index.
+    passed, rows_seen, rows_in : int
+        Rows that pass, of those of the user's frame, of those of the shard's metadata.
+    lengths : list of int
+        Rows of the user's frame in each window.
+    ids : pyarrow array or None
+        Of the shard's metadata.
+    """
 
     rows: Any
     places: Any
-    passed: Any
-    samples: int
+    passed: int
+    rows_seen: int
+    rows_in: int
+    lengths: list[int]
+    ids: Any
     without_sample: list[Any]
-    repeated: list[str]
-    index: Any
+    index: TarIndex
+    digest: str
 
 
-def select(source: DatasetSource, shard: str, frame: pd.DataFrame, filter_column: str) -> Selected:
-    """Find the rows of `frame` that pass, and their samples."""
-    passed = frame[filter_column].fillna(False).to_numpy(dtype=bool)
-    candidates = np.flatnonzero(passed)
-    ids = frame[source.id_col].iloc[candidates]
-    require_unique(backend.arrow_values(ids), f"the rows to export of shard {shard}")
-    with ShardReader(source.tar_url(shard), source.storage_options) as reader:
+def find_selected(under_way: ShardPass, rows: PartitionTask, filter_column: str) -> Selected:
+    """Find the rows of a shard that pass, and their samples.
+
+    Parameters
+    ----------
+    rows : PartitionTask
+        Makes the frame of the id, the filter column, and whatever else the digest depends on.
+    """
+    source, shard = under_way.source, under_way.shard
+    summary = parquet.summary_or_none(source.parquet_url(shard), source.storage_options)
+    own_ids = None if summary is None else read_rows(source, shard, [source.id_col])[source.id_col].combine_chunks()
+    digest = xxhash.xxh3_128(_files_token(source, shard, summary))
+    passed, ids, lengths = [], [], []
+    for _ in under_way.windows(own_ids if own_ids is not None else (), rows.row_by_row and own_ids is not None):
+        frame = rows()
+        lengths.append(len(frame))
+        chosen = frame[filter_column].fillna(False).to_numpy(dtype=bool)
+        passed.append(chosen)
+        ids += frame[source.id_col].iloc[np.flatnonzero(chosen)].tolist()
+        _add_values(digest, frame.iloc[np.flatnonzero(chosen)])
+    candidates = np.flatnonzero(np.concatenate(passed))
+    require_unique(pa.array(ids, from_pandas=True), f"the rows to export of shard {shard}")
+    with open_tar(source, shard) as reader:
         index = reader.index
-        found = match_samples(reader, ids.tolist(), source.id_col)
+        found = match_samples(reader, ids, source.id_col)
     has = found >= 0
-    offsets = np.array([index.samples[place].offset for place in found[has]], np.int64)
-    order = np.argsort(offsets, kind="stable")
-    missing = ids.iloc[np.flatnonzero(~has)].tolist()
-    return Selected(candidates[has][order], found[has][order], passed, len(index), missing, list(index.repeated), index)
+    order = np.argsort([index.samples[place].offset for place in found[has]], kind="stable")
+    seen = sum(lengths)
+    return Selected(
+        rows=candidates[has][order],
+        places=found[has][order],
+        passed=len(candidates),
+        rows_seen=seen,
+        rows_in=seen if own_ids is None else len(own_ids),
+        lengths=lengths,
+        ids=own_ids,
+        without_sample=[ids[row] for row in np.flatnonzero(~has)],
+        index=index,
+        digest=digest.hexdigest(),
+    )
 
 
-def digest_of(source: DatasetSource, shard: str, frame: pd.DataFrame, found: Selected) -> str:
-    """Return a hash of a shard's selected ids and of its tar's identity."""
-    ids = [repr(one) for one in frame[source.id_col].iloc[found.rows].tolist()]
-    identity = json.dumps(tar_identity(source, shard), sort_keys=True)
-    return xxhash.xxh3_128_hexdigest("\n".join([shard, identity, *ids]).encode("utf-8", "surrogatepass"))
+def _files_token(source: DatasetSource, shard: str, summary: parquet.FileSummary | None) -> bytes:
+    """Return what tells a shard's tar and metadata from other versions of them."""
+    written: Any = None if summary is None or summary.footer is None else summary.footer.digest
+    if summary is not None and written is None:
+        written = files.identify(source.parquet_url(shard), source.storage_options).to_dict()
+    token = [shard, tar_identity(source, shard), written]
+    return json.dumps(token, sort_keys=True).encode("utf-8", "surrogatepass")
+
+
+def _add_values(digest: Any, frame: pd.DataFrame) -> None:
+    """Add the values of a frame's columns to a digest."""
+    for name in sorted(frame.columns):
+        values = backend.arrow_values(frame[name])
+        if pa.types.is_dictionary(values.type):
+            values = values.dictionary_decode()
+        digest.update(name.encode("utf-8", "surrogatepass"))
+        digest.update(repr(values.to_pylist()).encode("utf-8", "surrogatepass"))

@@ -210,6 +210,8 @@ class EmbedPartition:
         self.embedder = embedder
         self.source = source
         self.outputs = dict(outputs)
+        # An embedder that reads whole shards would read them again for each piece.
+        self.row_by_row = type(embedder).embed_rows is not ImageEmbedder.embed_rows
 
     def __call__(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Return the embedder's columns for `frame`.

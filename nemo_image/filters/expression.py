@@ -63,6 +63,8 @@ class KeepExpression:
         If the text is no expression, or uses more than is allowed.
     """
 
+    row_by_row = True
+
     def __init__(self, text: str) -> None:
         self.text = text.strip()
         try:

@@ -6,15 +6,17 @@ made from, and the shard's account of its rows.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import xxhash
 
 from nemo_image import schema
 from nemo_image.errors import MetadataFileError, MissingColumnError
@@ -46,6 +48,8 @@ class Footer:
         The shard's ledger record.
     versions : dict of str to str
         The libraries that made it; recorded, never compared.
+    digest : str or None
+        XXH3-128 of the file's data, which is all of it before the footer.
     """
 
     columns: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -55,6 +59,7 @@ class Footer:
     plan: str | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    digest: str | None = None
 
     def to_bytes(self) -> bytes:
         """Return the footer's text."""
@@ -86,7 +91,7 @@ def read_summary(url: str, storage_options: StorageOptions = None) -> FileSummar
         If the file is missing or is no Parquet.
     """
     with _opened(url, storage_options) as file:
-        text = (file.schema_arrow.metadata or {}).get(schema.FOOTER_KEY)
+        text = (file.metadata.metadata or {}).get(schema.FOOTER_KEY)
         try:
             footer = Footer.from_bytes(text) if text else None
         except (ValueError, TypeError) as error:
@@ -141,16 +146,90 @@ def read_row_group(url: str, group: int, storage_options: StorageOptions = None)
 def write_table(url: str, table: pa.Table, footer: Footer | None, storage_options: StorageOptions = None) -> int:
     """Write a table as one Parquet file, atomically, and return the number of rows that the written file counts.
 
-    pandas' own schema metadata is left out: readers without nemo_image must not need our dtypes. Other metadata of
-    the table's schema stays.
+    See :func:`table_writer`.
     """
-    metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key != b"pandas"}
-    if footer is not None:
-        metadata[schema.FOOTER_KEY] = footer.to_bytes()
-    table = table.replace_schema_metadata(metadata or None)
-    with files.atomic_writer(url, storage_options) as out, pq.ParquetWriter(out, table.schema) as writer:
-        writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+    with table_writer(url, table.schema, storage_options) as writer:
+        writer.write(table)
+        writer.footer = footer
     return read_summary(url, storage_options).rows
+
+
+class TableWriter:
+    """Writes a Parquet file piece by piece, in row groups of `ROW_GROUP_ROWS` whatever the pieces are.
+
+    Attributes
+    ----------
+    rows : int
+        Written so far.
+    footer : Footer or None
+        To be set before the end; `digest` of what was written is added to it.
+    """
+
+    def __init__(self, writer: pq.ParquetWriter, arrow_schema: pa.Schema) -> None:
+        self.rows = 0
+        self.footer: Footer | None = None
+        self._writer = writer
+        self._schema = arrow_schema
+        self._waiting: list[pa.Table] = []
+        self._waiting_rows = 0
+
+    def write(self, table: pa.Table) -> None:
+        """Add rows; their columns are the file's, in its order."""
+        table = table.replace_schema_metadata(self._schema.metadata)
+        self._waiting.append(table)
+        self._waiting_rows += len(table)
+        self.rows += len(table)
+        if self._waiting_rows >= ROW_GROUP_ROWS:
+            self._write_groups(self._waiting_rows // ROW_GROUP_ROWS * ROW_GROUP_ROWS)
+
+    def close(self) -> None:
+        """Write the rows that are left."""
+        if self._waiting_rows or not self.rows:
+            self._write_groups(self._waiting_rows)
+
+    def _write_groups(self, rows: int) -> None:
+        table = pa.concat_tables(self._waiting) if self._waiting else self._schema.empty_table()
+        self._writer.write_table(table.slice(0, rows), row_group_size=ROW_GROUP_ROWS)
+        rest = table.slice(rows)
+        self._waiting, self._waiting_rows = [rest] if len(rest) else [], len(rest)
+
+
+@contextmanager
+def table_writer(url: str, arrow_schema: pa.Schema, storage_options: StorageOptions = None) -> Iterator[TableWriter]:
+    """Write a Parquet file piece by piece; it appears under its name, whole, at the end of the ``with`` block.
+
+    pandas' own schema metadata is left out: readers without nemo_image must not need our dtypes. Other metadata of
+    the schema stays.
+    """
+    metadata = {
+        key: value for key, value in (arrow_schema.metadata or {}).items() if key not in (b"pandas", schema.FOOTER_KEY)
+    }
+    arrow_schema = arrow_schema.with_metadata(metadata or None)
+    with files.atomic_writer(url, storage_options) as out:
+        hashed = _HashedFile(out)
+        with pq.ParquetWriter(hashed, arrow_schema) as writer:
+            pieces = TableWriter(writer, arrow_schema)
+            yield pieces
+            pieces.close()
+            if pieces.footer is not None:
+                footer = replace(pieces.footer, digest=hashed.hash.hexdigest())
+                writer.add_key_value_metadata({schema.FOOTER_KEY: footer.to_bytes()})
+
+
+class _HashedFile(io.RawIOBase):
+    """Passes on what is written, and hashes it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.hash = xxhash.xxh3_128()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        self._file.write(data)
+        return len(data)
 
 
 def count_pending(table: pa.Table, names: Iterable[str]) -> dict[str, int]:
@@ -171,16 +250,48 @@ def write_groups(url: str, groups: Sequence[pa.Table], storage_options: StorageO
             writer.write_table(group, row_group_size=max(1, len(group)))
 
 
-@contextmanager
-def _opened(url: str, storage_options: StorageOptions) -> Iterator[pq.ParquetFile]:
+def open_parquet(url: str, storage_options: StorageOptions = None, buffer_size: int = 0) -> pq.ParquetFile:
+    """Open a Parquet file; ``close(force=True)`` gives it back.
+
+    Parameters
+    ----------
+    buffer_size : int
+        Bytes of a column that are read at once; 0 reads a row group's columns whole.
+
+    Raises
+    ------
+    MetadataFileError
+        If the file is missing or is no Parquet.
+    """
     fs, path = files.open_fs(url, storage_options)
+    with reading(url):
+        raw = fs.open(path, "rb")
+        try:
+            return pq.ParquetFile(raw, buffer_size=buffer_size, pre_buffer=False)
+        except BaseException:
+            raw.close()
+            raise
+
+
+@contextmanager
+def reading(url: str) -> Iterator[None]:
+    """Name the file in whatever reading it raises."""
     try:
-        with fs.open(path, "rb") as raw, pq.ParquetFile(raw) as file:
-            yield file
+        yield
     except FileNotFoundError as error:
         raise MetadataFileError(f"{url}: no such file") from error
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise MetadataFileError(f"{url}: cannot be read as Parquet ({_first_line(error)})") from error
+
+
+@contextmanager
+def _opened(url: str, storage_options: StorageOptions) -> Iterator[pq.ParquetFile]:
+    file = open_parquet(url, storage_options)
+    try:
+        with reading(url):
+            yield file
+    finally:
+        file.close(force=True)
 
 
 def _first_line(error: BaseException) -> str:
