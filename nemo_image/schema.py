@@ -52,6 +52,11 @@ SHARD_FAILED = "shard_failed"
 """Category of ``image_error`` for rows whose whole shard could not be read; never saved."""
 
 
+def is_bad_image(reasons: Any) -> Any:
+    """Tell which reasons of ``image_error`` are a picture's own: all but those of samples that are not there."""
+    return reasons.notna() & ~reasons.fillna("").str.startswith(MISSING + ":").astype(bool)
+
+
 def arrow_dtype(kind: str | pa.DataType) -> pd.ArrowDtype:
     """Return the pandas dtype of an Arrow type or of a name such as ``"float32"`` or ``"string"``.
 

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from typing import Any
 
 import click
 
 from nemo_image import schema
-from nemo_image.cli.options import cluster, cluster_options, id_option, json_option, print_json, print_table
+from nemo_image.cli.options import (
+    cluster,
+    cluster_options,
+    id_option,
+    json_option,
+    parse_part,
+    print_json,
+    print_table,
+)
 from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.engine.ledger import FOLDER
-from nemo_image.errors import ArgumentError
+from nemo_image.engine.run_lock import run_lock
+from nemo_image.errors import ArgumentError, OutputBusyError
 from nemo_image.filters import KeepExpression, keep
 from nemo_image.shards import files
+
+PARTS_WAIT_S = 600
+"""Seconds that the last part waits for the others to let go of the output."""
+
+LEFT_NAMED = 5
 
 EXAMPLE = """
 Example:
@@ -51,6 +66,10 @@ Example:
 @click.option("--shuffle-seed", type=int, help="Shuffle the output by this seed.")
 @click.option("--max-failure-ratio", type=click.FloatRange(0, 1), default=0.05, show_default=True)
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Take over what an earlier run finished.")
+@click.option("--retry-failed", is_flag=True, help="Compute only what failed before: shards, and quarantined images.")
+@click.option("--quarantine-bytes", is_flag=True, help="Keep bad images' bytes in the quarantine too.")
+@click.option("--part", callback=parse_part, help="Do one share of the shards: 3/16 is the third of sixteen.")
+@click.option("--replace", is_flag=True, help="Replace an earlier export of other rows or settings in OUTPUT.")
 @id_option
 @cluster_options
 @json_option
@@ -59,19 +78,53 @@ def curate(input_path: str, output_path: str, as_json: bool, **options: Any) -> 
 
     INPUT is a folder of tars, a glob or a brace pattern, and is left as it is. OUTPUT gets full tars with Parquet
     metadata; the enriched metadata of all rows, also of those that do not pass, is in OUTPUT/_nemo_image/enriched.
+    A run that was stopped is taken up by the same command.
+
+    With --part, each of n jobs (a Slurm array, say) computes its share of the shards; the one that finishes last
+    writes the output.
     """
     started = time.monotonic()
     expression = " and ".join(f"({text})" for text in options["keeps"])
     for text in options["keeps"]:
         KeepExpression(text)
     with cluster(options["workers"], options["scheduler_address"], options["scheduler_file"]):
-        enriched = _enrich(input_path, output_path, expression, options)
-        exported = _export(enriched, output_path, expression, options)
-    result = _result(enriched, exported, input_path, output_path, time.monotonic() - started)
+        found = _curate(input_path, output_path, expression, options)
+    result = _result(found, input_path, output_path, time.monotonic() - started)
     print_json(result) if as_json else print_table("curate", _rows(result))
 
 
-def _enrich(input_path: str, output_path: str, expression: str, options: dict[str, Any]) -> ImageTextPairDataset:
+@dataclass
+class _Found:
+    """Totals of the two runs, and what keeps the second from being done."""
+
+    enriched: dict[str, Any]
+    exported: dict[str, Any] | None = None
+    left: list[str] = field(default_factory=list)
+    busy: str | None = None
+
+
+def _curate(input_path: str, output_path: str, expression: str, options: dict[str, Any]) -> _Found:
+    part = options["part"]
+    with run_lock(output_path, "curate", part=part):
+        lazy = _lazy(input_path, expression, options)
+        enriched = _enrich(lazy, output_path, options)
+        found = _Found(enriched.run_totals or {})
+        if part is not None or options["retry_failed"]:
+            found.left = lazy.pending_shards(_enriched_path(output_path))
+        if part is None and not found.left:
+            found.exported = _export(enriched, output_path, expression, options)
+    if part is not None and not found.left:
+        try:
+            # All parts are done. Their locks are free once they have looked; the last one to look comes here alone.
+            with run_lock(output_path, "curate", wait_s=PARTS_WAIT_S):
+                whole = ImageTextPairDataset.from_webdataset(_enriched_path(output_path), id_col=options["id_col"])
+                found.exported = _export(whole, output_path, expression, options)
+        except OutputBusyError as error:
+            found.busy = str(error)
+    return found
+
+
+def _lazy(input_path: str, expression: str, options: dict[str, Any]) -> ImageTextPairDataset:
     from nemo_image.embedders import TimmImageEmbedder
 
     dataset = ImageTextPairDataset.from_webdataset(
@@ -92,8 +145,22 @@ def _enrich(input_path: str, output_path: str, expression: str, options: dict[st
     # Before hours of work: are the columns there that the filter needs?
     if expression:
         KeepExpression(expression).require_columns(list(lazy.metadata.columns))
-    target = files.join(output_path.rstrip("/"), FOLDER, "enriched")
-    return lazy.save_metadata(target, resume=options["resume"], max_failure_ratio=options["max_failure_ratio"])
+    return lazy
+
+
+def _enriched_path(output_path: str) -> str:
+    return files.join(output_path.rstrip("/"), FOLDER, "enriched")
+
+
+def _enrich(lazy: ImageTextPairDataset, output_path: str, options: dict[str, Any]) -> ImageTextPairDataset:
+    return lazy.save_metadata(
+        _enriched_path(output_path),
+        resume=options["resume"],
+        max_failure_ratio=options["max_failure_ratio"],
+        part=options["part"],
+        retry_failed=options["retry_failed"],
+        quarantine_bytes=options["quarantine_bytes"],
+    )
 
 
 def _classifiers(named: list[str], present: list[str], options: dict[str, Any]) -> list[Any]:
@@ -116,9 +183,9 @@ def _classifiers(named: list[str], present: list[str], options: dict[str, Any]) 
 
 def _export(
     enriched: ImageTextPairDataset, output_path: str, expression: str, options: dict[str, Any]
-) -> ImageTextPairDataset:
+) -> dict[str, Any]:
     chosen = keep(enriched, expression or f"{enriched.id_col} is not None")
-    return chosen.to_webdataset(
+    exported = chosen.to_webdataset(
         output_path,
         filter_column=schema.KEPT,
         samples_per_shard=options["samples_per_shard"],
@@ -126,14 +193,14 @@ def _export(
         old_id_col=options["old_id_col"],
         keep_ids=options["keep_ids"],
         shuffle_seed=options["shuffle_seed"],
+        replace=options["replace"],
     )
+    return {**(exported.run_totals or {}), "shards_out": len(exported.shards)}
 
 
-def _result(
-    enriched: ImageTextPairDataset, exported: ImageTextPairDataset, input_path: str, output_path: str, seconds: float
-) -> dict[str, Any]:
-    made, kept = enriched.run_totals or {}, exported.run_totals or {}
-    return {
+def _result(found: _Found, input_path: str, output_path: str, seconds: float) -> dict[str, Any]:
+    made = found.enriched
+    result = {
         "input": input_path,
         "output": output_path,
         "shards_in": sum(made["shards"].values()),
@@ -144,14 +211,15 @@ def _result(
         "rows_without_sample": made["rows_without_sample"],
         "samples_without_row": made["samples_without_row"],
         "repeated_members": made["repeated_members"],
-        "rows_filtered": kept["rows_filtered"],
-        "losses": kept["losses"],
-        "rows_out": kept["rows_out"],
-        "shards_out": len(exported.shards),
         "seconds": round(seconds, 2),
         "rows_per_second": round(made["rows_in"] / seconds, 1),
-        "ledgers": [made["ledger"], kept["ledger"]],
     }
+    kept = found.exported
+    if kept is None:
+        waits = {"shards_left": len(found.left), "shards_left_first": ", ".join(found.left[:LEFT_NAMED])}
+        return {**result, **({"export": found.busy} if found.busy else waits), "ledgers": [made["ledger"]]}
+    names = ("rows_filtered", "losses", "rows_out", "shards_out")
+    return {**result, **{name: kept[name] for name in names}, "ledgers": [made["ledger"], kept["ledger"]]}
 
 
 def _rows(result: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -37,6 +37,16 @@ def cluster_options(command: F) -> F:
     return command
 
 
+def parse_part(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """Read ``3/16`` as (3, 16)."""
+    if value is None:
+        return None
+    number, slash, count = value.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise click.BadParameter(f"{value!r} is no share of the shards: 1/16 to 16/16 are those of sixteen jobs")
+    return int(number), int(count)
+
+
 @contextlib.contextmanager
 def cluster(workers: int | None, scheduler_address: str | None, scheduler_file: str | None) -> Iterator[None]:
     """Work on the cluster asked for; in this process's threads where none is."""

@@ -18,6 +18,7 @@ from nemo_image.datasets.clip_writer import WriteClipShard, Written, numbered
 from nemo_image.datasets.image_text_pair import ImageTextPairDataset
 from nemo_image.datasets.partitions import shard_tasks
 from nemo_image.datasets.state import DatasetState
+from nemo_image.engine.run_lock import run_lock
 from nemo_image.errors import ArgumentError, DatasetError, EmbeddingError
 from nemo_image.shards import files
 
@@ -171,10 +172,13 @@ def write_clip_retrieval(
     frame = state.frame[wanted]
     _claim(target, tokenize(frame, kinds, fields.to_string(), dtype, list(state.shards)), options)
     work = WriteClipShard(state.source, target, kinds, fields, dtype)
-    with scattered.saved_items(frame, shard_tasks(frame), state.shards, target, state.source) as items:
-        records = save.run_shards(
-            RUN, work, numbered(items, state.shards), len(state.shards), save.DEFAULT_FAILURE_RATIO
-        )
+    with (
+        run_lock(target, RUN, options),
+        scattered.saved_items(frame, shard_tasks(frame), state.shards, target, state.source) as items,
+    ):
+        numbered_items = numbered(items, state.shards)
+        ratio = save.DEFAULT_FAILURE_RATIO
+        records = save.run_shards(RUN, work, numbered_items, len(state.shards), ratio, target, state.source)
     made_by = {name: state.lineage.provenance[name] for name in kinds.values() if name in state.lineage.provenance}
     totals = save.finish(target, RUN, records, options, made_by)
     sizes = {record.size: record.shard for record in records if isinstance(record, Written) and record.size}

@@ -31,7 +31,7 @@ class ClipItem:
     rows: Any
 
 
-@dataclass
+@dataclass(slots=True)
 class Written(ShardRecord):
     """A shard's record with the size of its embeddings, a number for each kind; None where it wrote none."""
 

@@ -131,7 +131,7 @@ class ColumnFunction:
         return part[list(self.outputs)] if len(part) else None
 
     def _to_retry(self, reasons: pd.Series) -> Any:
-        return is_bad_image(reasons) if self.retry_failed else pd.Series(False, reasons.index)
+        return schema.is_bad_image(reasons) if self.retry_failed else pd.Series(False, reasons.index)
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         from dask.base import normalize_token
@@ -174,6 +174,20 @@ def tar_identity(source: DatasetSource, shard: str) -> dict[str, Any] | None:
         return None
 
 
+def metadata_identity(url: str, storage_options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what tells a Parquet file from its later versions; None where it is missing.
+
+    For our own files that is a hash of their data: a run that had to write one anew wrote the same one.
+    """
+    summary = parquet.summary_or_none(url, storage_options)
+    if summary is not None and summary.footer is not None and summary.footer.digest is not None:
+        return {"digest": summary.footer.digest}
+    try:
+        return files.identify(url, storage_options).to_dict()
+    except FileNotFoundError:
+        return None
+
+
 def rows_by_shard(frame: pd.DataFrame) -> dict[str, np.ndarray[Any, np.dtype[np.int64]]]:
     """Return the positions of each shard's rows, in their order."""
     codes, names = pd.factorize(frame[schema.SHARD].astype(object))
@@ -187,11 +201,6 @@ def rows_by_shard(frame: pd.DataFrame) -> dict[str, np.ndarray[Any, np.dtype[np.
 def required_inputs(source: DatasetSource, inputs: Sequence[str]) -> list[str]:
     """Return the columns that an operator's rows need: the row's identity and the operator's inputs."""
     return list(dict.fromkeys([schema.SHARD, source.id_col, *inputs]))
-
-
-def is_bad_image(reasons: Any) -> Any:
-    """Tell which reasons of ``image_error`` are a picture's own: all but those of samples that are not there."""
-    return reasons.notna() & ~reasons.fillna("").str.startswith(schema.MISSING + ":").astype(bool)
 
 
 def with_earlier(frame: Any, earlier: Sequence[str], retry_failed: bool = False) -> Any:

@@ -15,11 +15,13 @@ from dask.base import tokenize
 from nemo_image import backend, schema
 from nemo_image.datasets.partitions import PartitionTask, ShardTasks, shard_tasks
 from nemo_image.datasets.save import finish, materialize, run_shards
-from nemo_image.datasets.selection import Counted, CountItem, CountSelected, Selected, find_selected
+from nemo_image.datasets.schemas import unify_schemas
+from nemo_image.datasets.selection import Counted, CountItem, CountSelected, Selected, find_again
 from nemo_image.datasets.shard_pass import ShardPass
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.datasets.state import DatasetState
 from nemo_image.engine.ledger import FOLDER, ShardRecord, accounted
+from nemo_image.engine.run_lock import run_lock
 from nemo_image.errors import ArgumentError, DatasetError
 from nemo_image.export import plan, write
 from nemo_image.shards import files
@@ -73,7 +75,7 @@ class WriteOutput:
 
     def _take(self, take: plan.Take, source: SourceShard) -> write.Taken:
         with ShardPass(self.source, source.shard) as under_way:
-            found = find_selected(under_way, source.counted_rows, self.filter_column)
+            found = find_again(under_way, source.counted_rows, self.filter_column, source.digest)
             if found.digest != source.digest:
                 raise DatasetError(
                     f"shard {source.shard}: other rows pass {self.filter_column!r} now than when they were counted, or "
@@ -110,85 +112,116 @@ class WriteOutput:
         return name in (self.source.id_col, schema.KEY)
 
 
-def export(
-    state: DatasetState,
-    target: str,
-    *,
-    filter_column: str,
-    samples_per_shard: int,
-    max_shards: int,
-    old_id_col: str | None,
-    keep_ids: bool,
-    shuffle_seed: int | None,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ExportOptions:
+    """How rows are packed and named; see :meth:`ImageTextPairDataset.to_webdataset`."""
+
+    filter_column: str
+    samples_per_shard: int = 10000
+    max_shards: int = 5
+    old_id_col: str | None = None
+    keep_ids: bool = False
+    shuffle_seed: int | None = None
+    replace: bool = False
+
+
+def export(state: DatasetState, target: str, options: ExportOptions) -> dict[str, Any]:
     """Write the rows that pass as a new dataset; return the totals of the source shards.
 
     See :meth:`ImageTextPairDataset.to_webdataset`, which calls this.
     """
-    _check_arguments(state, target, filter_column, samples_per_shard, max_shards, old_id_col, keep_ids)
-    options = state.source.storage_options
-    before = _read_manifest(target, options)
-    _require_free(target, before, options)
+    _check_arguments(state, target, options)
+    storage_options = state.source.storage_options
+    _require_free(target, _read_manifest(target, storage_options), storage_options)
+    with run_lock(target, "to_webdataset", storage_options):
+        return _export(state, target, options)
+
+
+def _export(state: DatasetState, target: str, options: ExportOptions) -> dict[str, Any]:
+    state, notes = unify_schemas(state)
     state, tasks = _one_partition_a_shard(state)
-    source = state.source
-    counting = _counting_tasks(state, filter_column)
-    counted = _count(state, source, filter_column, counting)
+    source, storage_options = state.source, state.source.storage_options
+    counting = _counting_tasks(state, options.filter_column)
+    # What was counted window by window is found again in the same windows.
+    tasks.row_by_row = counting.row_by_row = tasks.row_by_row and counting.row_by_row
+    counted = _count(state, source, options.filter_column, counting)
     total = sum(record.selected for record in counted)
     if not total:
-        raise DatasetError(f"no row has {filter_column!r} true and a sample in its tar: nothing to export")
-    naming = plan.make_naming(total, samples_per_shard, max_shards)
-    arrow_schema = _output_schema(state, old_id_col, keep_ids)
-    token = tokenize(
-        [record.digest for record in counted],
-        [samples_per_shard, max_shards, old_id_col, keep_ids, shuffle_seed, state.source.id_col],
-        arrow_schema.to_string(show_schema_metadata=False),
-    )
-    if before is not None and before.get("token") != token:
-        raise DatasetError(f"{target} holds another export (of other rows or settings): give an empty folder")
-    files.sweep_temporaries(target, storage_options=options)
-    _write_manifest(target, {"token": token, "source": source.tar_root}, options)
-    settings = write.ExportSettings(
-        root=target,
-        id_col=state.source.id_col,
-        old_id_col=old_id_col,
-        keep_ids=keep_ids,
-        token=token,
-        arrow_schema=arrow_schema,
-        footer_columns={name: made for name, made in state.lineage.provenance.items() if name in arrow_schema.names},
-        storage_options=options,
-    )
-    items = _outputs(tasks, counting, counted, naming, samples_per_shard, shuffle_seed)
-    work = WriteOutput(source, settings, naming, filter_column)
-    written = run_shards("to_webdataset", work, items, plan.count_outputs(total, samples_per_shard), 1.0)
-    totals = finish(target, "to_webdataset-output", written, options)
+        raise DatasetError(f"no row has {options.filter_column!r} true and a sample in its tar: nothing to export")
+    naming = plan.make_naming(total, options.samples_per_shard, options.max_shards)
+    settings = _settings(state, target, options, counted)
+    _begin(settings, source.tar_root, options.replace)
+    items = _outputs(tasks, counting, counted, naming, options.samples_per_shard, options.shuffle_seed)
+    work = WriteOutput(source, settings, naming, options.filter_column)
+    outputs = plan.count_outputs(total, options.samples_per_shard)
+    written = run_shards("to_webdataset", work, items, outputs, 1.0, target, source)
+    totals = finish(target, "to_webdataset-output", written, storage_options, settings.footer_columns, notes)
     if totals["rows_out"] != total:
         raise DatasetError(f"{total} samples were selected, but {totals['rows_out']} were written: please report this")
-    return finish(target, "to_webdataset", counted, options)
+    return finish(target, "to_webdataset", counted, storage_options)
 
 
-def _check_arguments(
-    state: DatasetState,
-    target: str,
-    filter_column: str,
-    samples_per_shard: int,
-    max_shards: int,
-    old_id_col: str | None,
-    keep_ids: bool,
-) -> None:
-    state.require_columns([filter_column])
-    dtype = state.frame._meta[filter_column].dtype
+def _settings(
+    state: DatasetState, target: str, options: ExportOptions, counted: Sequence[Counted]
+) -> write.ExportSettings:
+    arrow_schema = _output_schema(state, options.old_id_col, options.keep_ids)
+    made_by = {name: made for name, made in state.lineage.provenance.items() if name in arrow_schema.names}
+    how = [options.samples_per_shard, options.max_shards, options.old_id_col, options.keep_ids, options.shuffle_seed]
+    digests = [record.digest for record in counted]
+    return write.ExportSettings(
+        root=target,
+        id_col=state.source.id_col,
+        old_id_col=options.old_id_col,
+        keep_ids=options.keep_ids,
+        token=tokenize(digests, how, state.source.id_col, arrow_schema.to_string(show_schema_metadata=False)),
+        arrow_schema=arrow_schema,
+        footer_columns=made_by,
+        storage_options=state.source.storage_options,
+    )
+
+
+def _begin(settings: write.ExportSettings, tar_root: str, replace: bool) -> None:
+    """Make the output folder this export's own, whatever an earlier run of it left there."""
+    target, storage_options = settings.root, settings.storage_options
+    before = _read_manifest(target, storage_options)
+    if before is not None and before.get("token") != settings.token:
+        if not replace:
+            raise DatasetError(
+                f"{target} holds another export (of other rows, values or settings): give an empty folder, or "
+                "replace=True (--replace) to put this one in its place"
+            )
+        # The manifest goes first: a run that is killed here leaves an export of no token, which none takes for its own.
+        _write_manifest(target, {"token": "", "source": tar_root}, storage_options)
+        _remove_shards(target, storage_options)
+    files.sweep_temporaries(target, storage_options=storage_options, folders=("", FOLDER))
+    _write_manifest(target, {"token": settings.token, "source": tar_root}, storage_options)
+
+
+def _remove_shards(target: str, storage_options: Mapping[str, Any]) -> None:
+    """Remove the shards of an export; only those, by the names that exports give."""
+    for suffix in (".parquet", ".idx", ".tar"):
+        for name in files.list_files(target, suffix, storage_options):
+            if name.removesuffix(suffix).isdecimal():
+                fs, path = files.open_fs(files.join(target, name), storage_options)
+                fs.rm_file(path)
+
+
+def _check_arguments(state: DatasetState, target: str, options: ExportOptions) -> None:
+    state.require_columns([options.filter_column])
+    dtype = state.frame._meta[options.filter_column].dtype
     if not pd.api.types.is_bool_dtype(dtype):
         raise ArgumentError(
-            f"filter_column {filter_column!r} holds {dtype}, not booleans: compare it with something first"
+            f"filter_column {options.filter_column!r} holds {dtype}, not booleans: compare it with something first"
         )
-    for name, value in (("samples_per_shard", samples_per_shard), ("max_shards", max_shards)):
+    for name in ("samples_per_shard", "max_shards"):
+        value = getattr(options, name)
         if not isinstance(value, int) or value < 1:
             raise ArgumentError(f"{name} must be a whole number, at least 1, not {value!r}")
-    if keep_ids and old_id_col is not None:
+    if options.keep_ids and options.old_id_col is not None:
         raise ArgumentError("keep_ids keeps the ids as they are, so there is no old id to keep: leave out old_id_col")
-    if old_id_col in (state.source.id_col, schema.SHARD, schema.KEY):
+    if options.old_id_col in (state.source.id_col, schema.SHARD, schema.KEY):
         raise ArgumentError(
-            f"old_id_col {old_id_col!r} is a column that holds the new ids or shards: give another name"
+            f"old_id_col {options.old_id_col!r} is a column that holds the new ids or shards: give another name"
         )
     if not target or target in (state.source.tar_root, state.source.metadata_root):
         raise ArgumentError(f"path {target!r} is the dataset's own folder: give another one")
@@ -236,7 +269,8 @@ def _counting_tasks(state: DatasetState, filter_column: str) -> ShardTasks:
 def _count(state: DatasetState, source: DatasetSource, filter_column: str, tasks: ShardTasks) -> list[Counted]:
     items = (CountItem(shard, task) for shard, task in tasks)
     work = CountSelected(source, filter_column)
-    records = run_shards("to_webdataset: counting", work, items, len(tasks.shards), 0.0)
+    count = len(tasks.shards)
+    records = run_shards("to_webdataset-count", work, items, count, 0.0, source.metadata_root, source)
     if any(record.status == "failed" for record in records):
         finish(source.metadata_root, "to_webdataset-count", records, source.storage_options)
     return sorted((record for record in records if isinstance(record, Counted)), key=lambda record: record.shard)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,11 +14,15 @@ from nemo_image.datasets import columns as columns_
 from nemo_image.datasets import export, opening, save
 from nemo_image.datasets.discover import discover
 from nemo_image.datasets.lineage import Lineage
+from nemo_image.datasets.quarantine import read_quarantine
+from nemo_image.datasets.schemas import unify_schemas, with_source
 from nemo_image.datasets.show import Gallery
 from nemo_image.datasets.source import DatasetSource, OnMismatch
 from nemo_image.datasets.state import DatasetState
 from nemo_image.errors import ArgumentError, MissingColumnError, ShardError
 from nemo_image.shards import parquet
+
+logger = logging.getLogger("nemo_image")
 
 SHOWN_SHARDS = 3
 COUNTED_SHARDS = 100
@@ -301,6 +306,10 @@ class ImageTextPairDataset:
         columns: Sequence[str] | None = None,
         resume: bool = True,
         max_failure_ratio: float = save.DEFAULT_FAILURE_RATIO,
+        *,
+        part: tuple[int, int] | None = None,
+        retry_failed: bool = False,
+        quarantine_bytes: bool = False,
     ) -> ImageTextPairDataset:
         """Compute the metadata and write one Parquet file a shard, each atomically.
 
@@ -317,11 +326,18 @@ class ImageTextPairDataset:
         max_failure_ratio : float, default 0.05
             The run stops early once more than this share of the shards has failed (one failed shard is always borne,
             unless it is 0).
+        part : tuple of int, optional
+            ``(i, n)``: do the i-th of n shares of the shards, from 1 on. The n parts may run at the same time on
+            machines that know nothing of each other, and together equal one run.
+        retry_failed : bool, default False
+            Compute only what failed before: failed shards, and images in the quarantine.
+        quarantine_bytes : bool, default False
+            Keep the bytes of bad images in the quarantine too (see :meth:`quarantine`).
 
         Returns
         -------
         ImageTextPairDataset
-            The saved dataset, re-read.
+            The saved dataset, re-read; with `part`, only that part's shards.
 
         Raises
         ------
@@ -333,9 +349,35 @@ class ImageTextPairDataset:
             After the other shards are finished, if some failed: lists them with their causes.
         TooManyFailuresError
             If the run was stopped early.
+        OutputBusyError
+            If another run is writing to the same folder.
         """
-        target = None if path is None else os.fspath(path).rstrip("/")
-        return type(self)._of(*save.save(self.state, target, columns, resume, max_failure_ratio))
+        options = save.SaveOptions(resume, max_failure_ratio, part, retry_failed, quarantine_bytes)
+        return type(self)._of(*save.save(self.state, _target(path), columns, options))
+
+    def pending_shards(
+        self, path: str | os.PathLike[str] | None = None, columns: Sequence[str] | None = None
+    ) -> list[str]:
+        """Return the shards that :meth:`save_metadata` with the same arguments would still have to compute.
+
+        Parameters
+        ----------
+        path, columns
+            As for :meth:`save_metadata`.
+        """
+        return save.pending_shards(self.state, _target(path), columns)
+
+    def quarantine(self) -> pd.DataFrame:
+        """Return the images that could not be decoded when this dataset was saved.
+
+        Returns
+        -------
+        DataFrame
+            One row an image: ``shard``, the id, ``image_error``, and where the image lies: its ``member`` of the tar,
+            ``offset`` and ``size`` in bytes; ``image_bytes`` too if they were kept. Rows without a sample are not among
+            them.
+        """
+        return read_quarantine(self._source, self._shards)
 
     def to_webdataset(
         self,
@@ -346,6 +388,8 @@ class ImageTextPairDataset:
         old_id_col: str | None = None,
         keep_ids: bool = False,
         shuffle_seed: int | None = None,
+        *,
+        replace: bool = False,
     ) -> ImageTextPairDataset:
         """Write the rows where `filter_column` is true as a new dataset of full shards.
 
@@ -365,6 +409,8 @@ class ImageTextPairDataset:
             Keep the samples' keys and ids as they are.
         shuffle_seed : int, optional
             Shuffle the samples by this seed; by default they are in the order of (shard, offset in the tar).
+        replace : bool, default False
+            Remove the shards of an earlier export, of other rows or settings, from `path` first.
 
         Returns
         -------
@@ -379,22 +425,33 @@ class ImageTextPairDataset:
             If `path` holds another dataset, or no row passes.
         RunError
             If shards failed.
+        OutputBusyError
+            If another run is writing to `path`.
         """
         target = os.fspath(path).rstrip("/")
-        totals = export.export(
-            self.state,
-            target,
-            filter_column=filter_column,
-            samples_per_shard=samples_per_shard,
-            max_shards=max_shards,
-            old_id_col=old_id_col,
-            keep_ids=keep_ids,
-            shuffle_seed=shuffle_seed,
+        how = export.ExportOptions(
+            filter_column, samples_per_shard, max_shards, old_id_col, keep_ids, shuffle_seed, replace
         )
+        totals = export.export(self.state, target, how)
         options = dict(self._source.storage_options) or None
         exported = type(self).from_webdataset(target, id_col=self.id_col, storage_options=options)
         exported.run_totals = totals
         return exported
+
+    def unify_schemas(self) -> ImageTextPairDataset:
+        """Return the dataset with column types that hold the values of all shards.
+
+        Opening a dataset reads one shard's types. Saves and exports do this by themselves; call it before other
+        computations where shards differ. Reads every shard's footer (the tars of shards without Parquet), and logs what
+        differs.
+        """
+        state, notes = unify_schemas(self.state, read_tars=True)
+        for note in notes:
+            logger.warning("%s: %s", self.path, note)
+        result = self._copy()
+        result._counting_frame = with_source(self._counting_frame, self._source, state.source)
+        result._source, result._metadata, result._lineage = state.source, state.frame, state.lineage
+        return result
 
     def materialize(self, always: bool = False) -> ImageTextPairDataset:
         """Compute what is pending once, resumably, in the dataset's ``_nemo_image/`` folder.
@@ -413,3 +470,7 @@ class ImageTextPairDataset:
         """
         state, totals = save.materialize(self.state, always)
         return self if totals is None else type(self)._of(state, totals)
+
+
+def _target(path: str | os.PathLike[str] | None) -> str | None:
+    return None if path is None else os.fspath(path).rstrip("/")

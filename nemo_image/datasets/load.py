@@ -143,7 +143,7 @@ def _cast(column: pa.ChunkedArray, kind: pa.DataType, url: str, name: str) -> pa
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise MetadataFileError(
             f"{url}: column {name!r} is {column.type} here and {kind} in the dataset, and its values do not fit "
-            f"({str(error).splitlines()[0]})"
+            f"({str(error).splitlines()[0]}); dataset.unify_schemas() finds a type for both, if there is one"
         ) from error
 
 
@@ -153,13 +153,15 @@ def _join_sidecar(source: DatasetSource, table: pa.Table, folder: str, shard: st
         for name in names:
             table = table.append_column(name, pa.nulls(len(table), source.schema.field(name).type))
         return table
-    found, beside = rows_by_id(source, shard, url, table[source.id_col], names)
+    in_file = parquet.read_summary(url, source.storage_options).schema.names
+    found, beside = rows_by_id(source, shard, url, table[source.id_col], [name for name in names if name in in_file])
     places = np.full(len(table), -1, np.int64)
     places[found] = np.arange(len(found))
     taken = pa.array(places, mask=places < 0)
     for name in names:
-        column = _cast(beside[name], source.schema.field(name).type, url, name)
-        table = table.append_column(name, column.take(taken))
+        kind = source.schema.field(name).type
+        column = _cast(beside[name], kind, url, name).take(taken) if name in in_file else pa.nulls(len(table), kind)
+        table = table.append_column(name, column)
     return table
 
 
@@ -249,7 +251,8 @@ def metadata_of_tar(reader: ShardReader) -> pa.Table:
     fields = [reader.read_json(sample) or {} for sample in samples]
     names = sorted({name for one in fields for name in one if name not in (schema.KEY, schema.SHARD)})
     for name in names:
-        columns[name] = [one.get(name) for one in fields]
+        # Half a surrogate pair in a name is written as its escape.
+        columns[name.encode("utf-8", "backslashreplace").decode()] = [one.get(name) for one in fields]
     if any(caption is not None for caption in captions):
         spoken = columns.get(schema.CAPTION, [None] * len(samples))
         columns[schema.CAPTION] = [a if a is not None else b for a, b in zip(captions, spoken, strict=True)]
@@ -258,13 +261,25 @@ def metadata_of_tar(reader: ShardReader) -> pa.Table:
 
 def _infer(values: list[Any]) -> pa.Array:
     try:
-        return pa.array(values)
+        column = pa.array(values)
     except UnicodeEncodeError:
         # JSON may escape half of a surrogate pair, which UTF-8 has no place for: replaced, as bad bytes are.
         return _infer([_encodable(value) for value in values])
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-        texts = [value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False) for value in values]
-        return pa.array([_encodable(text) for text in texts], pa.string())
+        return _as_texts(values)
+    return column if _fits_parquet(column.type) else _as_texts(values)
+
+
+def _as_texts(values: list[Any]) -> pa.Array:
+    texts = [value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False) for value in values]
+    return pa.array([_encodable(text) for text in texts], pa.string())
+
+
+def _fits_parquet(kind: pa.DataType) -> bool:
+    """Tell whether Parquet has the type: it knows no struct without fields, which ``{}`` becomes."""
+    if not pa.types.is_nested(kind):
+        return True
+    return kind.num_fields > 0 and all(_fits_parquet(kind.field(number).type) for number in range(kind.num_fields))
 
 
 def _encodable(value: Any) -> Any:

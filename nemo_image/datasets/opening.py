@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import posixpath
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from nemo_image.datasets import discover as discover_
 from nemo_image.datasets.load import metadata_of_tar
 from nemo_image.datasets.source import DatasetSource, OnMismatch
 from nemo_image.engine.ledger import FOLDER
-from nemo_image.errors import ArgumentError, DatasetError, MissingColumnError
+from nemo_image.errors import ArgumentError, DatasetError, MissingColumnError, ShardError
 from nemo_image.shards import files, parquet
 from nemo_image.shards.read import ShardReader
 
@@ -136,26 +136,46 @@ def _with_schema(source: DatasetSource, shards: list[str], sidecars: Sequence[st
 
 def _read_schema(source: DatasetSource, shards: list[str]) -> tuple[pa.Schema, dict[str, dict[str, Any]]]:
     options = source.storage_options
-    first = source.parquet_url(shards[0])
-    if source.built_from_tars and parquet.summary_or_none(first, options) is None:
-        with ShardReader(source.tar_url(shards[0]), options) as reader:
-            return _plain(metadata_of_tar(reader).schema), {}
-    summary = parquet.read_summary(first, options)
-    merged = _plain(summary.schema)
-    for shard in shards[1:SCHEMAS_AT_MOST]:
-        if not any(pa.types.is_null(field.type) for field in merged):
+    number, merged, summary = _first_schema(source, shards)
+    first = source.parquet_url(shards[number])
+    for shard in shards[number + 1 : SCHEMAS_AT_MOST]:
+        if summary is None or not any(_says_nothing(field.type) for field in merged):
             break
-        merged = _merge(merged, parquet.read_summary(source.parquet_url(shard), options).schema)
+        other = parquet.summary_or_none(source.parquet_url(shard), options)
+        merged = merged if other is None else _merge(merged, other.schema)
+    footer = None if summary is None else summary.footer
     if schema.SHARD in merged.names:
         # Ours if we wrote it; a foreign column of that name would be overwritten by each row's real shard.
-        if summary.footer is None:
+        if footer is None:
             raise DatasetError(
                 f"{first} has a column {schema.SHARD!r} of its own; nemo_image keeps each row's tar under that "
                 "name: rename it"
             )
         merged = merged.remove(merged.get_field_index(schema.SHARD))
-    made_by = {} if summary.footer is None else {name: dict(made) for name, made in summary.footer.columns.items()}
+    made_by = {} if footer is None else {name: dict(made) for name, made in footer.columns.items()}
     return merged, made_by
+
+
+def _first_schema(source: DatasetSource, shards: list[str]) -> tuple[int, pa.Schema, parquet.FileSummary | None]:
+    """Return the number of the first shard that can be read, and its schema; the others fail when they are worked on.
+
+    Raises
+    ------
+    ShardError
+        That of the first shard, if none of the first few can be read.
+    """
+    failures: list[ShardError] = []
+    for number, shard in enumerate(shards[:SCHEMAS_AT_MOST]):
+        url = source.parquet_url(shard)
+        try:
+            if source.built_from_tars and parquet.summary_or_none(url, source.storage_options) is None:
+                with ShardReader(source.tar_url(shard), source.storage_options) as reader:
+                    return number, plain_schema(metadata_of_tar(reader).schema), None
+            summary = parquet.read_summary(url, source.storage_options)
+            return number, plain_schema(summary.schema), summary
+        except ShardError as error:
+            failures.append(error)
+    raise failures[0]
 
 
 def _read_sidecar_schema(
@@ -168,22 +188,79 @@ def _read_sidecar_schema(
         if source.id_col not in summary.schema.names:
             raise MissingColumnError(f"sidecar {folder}/{shard}.parquet has no column {source.id_col!r} to join it by")
         footer = summary.footer or parquet.Footer()
-        return _plain(summary.schema), {name: dict(made) for name, made in footer.columns.items()}
+        return plain_schema(summary.schema), {name: dict(made) for name, made in footer.columns.items()}
     raise DatasetError(
         f"sidecar {folder} has no Parquet file for any of the {len(shards)} shards ({shards[0]}.parquet, …)"
     )
 
 
-def _plain(wanted: pa.Schema) -> pa.Schema:
+def plain_schema(wanted: pa.Schema) -> pa.Schema:
+    """Return the names and types in which a file's columns are held."""
     return pa.schema([(field.name, schema.plain_type(field.type)) for field in wanted])
 
 
 def _merge(one: pa.Schema, two: pa.Schema) -> pa.Schema:
     kinds = {field.name: field.type for field in one}
-    for field in _plain(two):
-        merged = schema.unify_types([kinds.get(field.name, pa.null()), field.type])
-        kinds[field.name] = kinds[field.name] if merged is None else merged
+    for field in plain_schema(two):
+        current = kinds.get(field.name, pa.null())
+        kinds[field.name] = join_types(current, field.type) or current
     return pa.schema(list(kinds.items()))
+
+
+def _says_nothing(kind: pa.DataType) -> bool:
+    """Tell whether a column of this type holds no value that tells its type: all null, or all lists empty."""
+    return bool(pa.types.is_null(kind) or (pa.types.is_list(kind) and _says_nothing(kind.value_type)))
+
+
+def join_types(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
+    """Return the narrowest type that holds the values of two types of column, or None where there is none.
+
+    As :func:`nemo_image.schema.unify_types`, which knows nulls, numbers, lists and structs; besides, times join in the
+    finer unit and decimals with the digits of both. Integers of which only floats would be the common type (uint64 and
+    signed ones) have none, because floats do not hold them.
+    """
+    if pa.types.is_decimal(one) and pa.types.is_decimal(two):
+        return _join_decimals(one, two)
+    for is_one, make in _TEMPORAL.items():
+        if is_one(one) and is_one(two):
+            return make(one, two)
+    joined = schema.unify_types([one, two])
+    if joined is not None and pa.types.is_floating(joined) and pa.types.is_integer(one) and pa.types.is_integer(two):
+        return None
+    return joined
+
+
+def _join_decimals(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
+    scale = max(one.scale, two.scale)
+    precision = scale + max(one.precision - one.scale, two.precision - two.scale)
+    if precision > 76:
+        return None
+    wide = precision > 38 or pa.types.is_decimal256(one) or pa.types.is_decimal256(two)
+    return pa.decimal256(precision, scale) if wide else pa.decimal128(precision, scale)
+
+
+def _join_timestamps(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
+    if (one.tz is None) != (two.tz is None):
+        return None  # a time of a place, and a time of no place
+    return pa.timestamp(_finer(one, two), one.tz)
+
+
+def _finer(one: pa.DataType, two: pa.DataType) -> str:
+    units = ("s", "ms", "us", "ns")
+    return units[max(units.index(one.unit), units.index(two.unit))]
+
+
+def _join_times(one: pa.DataType, two: pa.DataType) -> pa.DataType:
+    unit = _finer(one, two)
+    return pa.time32(unit) if unit in ("s", "ms") else pa.time64(unit)
+
+
+_TEMPORAL: dict[Callable[[pa.DataType], bool], Callable[[pa.DataType, pa.DataType], pa.DataType | None]] = {
+    pa.types.is_timestamp: _join_timestamps,
+    pa.types.is_duration: lambda one, two: pa.duration(_finer(one, two)),
+    pa.types.is_time: _join_times,
+    pa.types.is_date: lambda one, two: one if one.equals(two) else pa.date64(),
+}
 
 
 def read_manifest(root: str, storage_options: Mapping[str, Any]) -> dict[str, Any]:

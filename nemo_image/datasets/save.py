@@ -6,7 +6,8 @@ import logging
 import os
 import posixpath
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -16,12 +17,17 @@ from nemo_image import backend, schema
 from nemo_image.datasets import opening, scattered
 from nemo_image.datasets.columns import with_earlier
 from nemo_image.datasets.partitions import shard_tasks
-from nemo_image.datasets.save_shard import SaveShard
+from nemo_image.datasets.quarantine import QUARANTINE
+from nemo_image.datasets.save_shard import IsFinished, SaveItem, SaveShard
 from nemo_image.datasets.saved_columns import SavedColumns
+from nemo_image.datasets.schemas import unify_schemas
+from nemo_image.datasets.source import DatasetSource
 from nemo_image.datasets.state import DatasetState
 from nemo_image.engine import ledger
+from nemo_image.engine.ledger import failed_shards
 from nemo_image.engine.progress import Progress
 from nemo_image.engine.run import run_tasks
+from nemo_image.engine.run_lock import run_lock
 from nemo_image.errors import ArgumentError, RunError, TooManyFailuresError, one_line
 from nemo_image.shards import files
 
@@ -29,39 +35,132 @@ logger = logging.getLogger("nemo_image")
 
 FAILURES_NAMED = 10
 DEFAULT_FAILURE_RATIO = 0.05
+OTHER_PARTS_S = 24 * 3600
+"""Seconds after which another part's temporary file is taken for left over."""
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """How a save goes about it; see :meth:`ImageTextPairDataset.save_metadata`."""
+
+    resume: bool = True
+    max_failure_ratio: float = DEFAULT_FAILURE_RATIO
+    part: tuple[int, int] | None = None
+    retry_failed: bool = False
+    quarantine_bytes: bool = False
+
+    def check(self) -> None:
+        """Raise if an option is out of range.
+
+        Raises
+        ------
+        ArgumentError
+            Naming it.
+        """
+        if not 0 <= self.max_failure_ratio <= 1:
+            raise ArgumentError(f"max_failure_ratio must lie in [0, 1], not {self.max_failure_ratio}")
+        if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
+            raise ArgumentError(f"part must be (i, n) with i from 1 to n, not {self.part}: parts count from 1")
+        if self.retry_failed and not self.resume:
+            raise ArgumentError("retry_failed keeps what is good, resume=False computes all anew: give one of them")
+
+    def shards_of(self, shards: Sequence[str]) -> list[str]:
+        """Return the shards that this run works on."""
+        return list(shards) if self.part is None else list(shards)[self.part[0] - 1 :: self.part[1]]
 
 
 def save(
-    state: DatasetState,
-    target: str | None,
-    columns: Sequence[str] | None,
-    resume: bool,
-    max_failure_ratio: float,
+    state: DatasetState, target: str | None, columns: Sequence[str] | None, options: SaveOptions
 ) -> tuple[DatasetState, dict[str, Any]]:
     """Compute and write a dataset's metadata; return the saved dataset, re-read, and the run's totals.
 
     See :meth:`ImageTextPairDataset.save_metadata`, which calls this.
     """
-    _check_arguments(state, target, columns, max_failure_ratio)
+    options.check()
+    _check_target(state, target, columns)
     source = state.source
     root = target or source.metadata_root
-    files.sweep_temporaries(root, storage_options=source.storage_options)
-    _write_manifest(state, target)
+    with run_lock(root, "save_metadata", source.storage_options, options.part):
+        _sweep(root, state.shards, source.storage_options, options.part)
+        state, notes = unify_schemas(state)
+        for note in notes:
+            logger.warning("%s: %s", source.metadata_root, note)
+        _write_manifest(state, target)
+        records, saved = _run(state, root, target, columns, options)
+        totals = finish(root, "save_metadata", records, source.storage_options, saved.fingerprints, notes)
+    return _saved(state, target, options, bool(notes)), totals
+
+
+def _saved(state: DatasetState, target: str | None, options: SaveOptions, differ: bool) -> DatasetState:
+    """Open what was saved: all shards, or those of a part."""
+    mine = options.shards_of(state.shards)
+    if not mine:
+        return state  # more parts than shards: this one had nothing to do
+    opened = opening.reopen(state.source, state.shards, target)
+    if options.part is not None:
+        there = set(opened.shards)
+        opened = replace(opened, shards=[shard for shard in mine if shard in there])
+    saved = DatasetState.of(opened)
+    # Enriched in place, each shard keeps the types of the columns that it had.
+    return unify_schemas(saved)[0] if target is None and differ else saved
+
+
+def _run(
+    state: DatasetState, root: str, target: str | None, columns: Sequence[str] | None, options: SaveOptions
+) -> tuple[list[ledger.ShardRecord], SavedColumns]:
+    source = state.source
     saved = _columns_to_save(state, target, columns)
     frame = state.frame[[schema.SHARD, source.id_col, *(field.name for field in saved.fields)]]
-    frame = with_earlier(frame, (root, source.metadata_root) if resume else ())
-    work = SaveShard(source, root, saved, resume=resume)
+    frame = with_earlier(frame, (root, source.metadata_root) if options.resume else (), options.retry_failed)
+    mine = options.shards_of(state.shards)
+    work = SaveShard(source, root, saved, options.resume, _to_retry(root, source, options), options.quarantine_bytes)
     with scattered.saved_items(frame, shard_tasks(frame), state.shards, root, source) as items:
-        records = run_shards("save_metadata", work, items, len(state.shards), max_failure_ratio)
-    totals = finish(root, "save_metadata", records, source.storage_options, saved.fingerprints)
-    return DatasetState.of(opening.reopen(source, state.shards, target)), totals
+        strangers_too = options.part in (None, (1, options.part[1] if options.part else 1))
+        chosen = _of_part(items, set(mine), set(state.shards) if strangers_too else None)
+        records = run_shards("save_metadata", work, chosen, len(mine), options.max_failure_ratio, root, source)
+    return records, saved
 
 
-def _check_arguments(
-    state: DatasetState, target: str | None, columns: Sequence[str] | None, max_failure_ratio: float
-) -> None:
-    if not 0 <= max_failure_ratio <= 1:
-        raise ArgumentError(f"max_failure_ratio must lie in [0, 1], not {max_failure_ratio}")
+def _of_part(items: Iterable[SaveItem], mine: set[str], known: set[str] | None) -> Iterator[SaveItem]:
+    """Leave out other parts' shards. Rows that say a shard that the dataset lacks fail in the first part alone."""
+    for item in items:
+        if item.shard in mine or (known is not None and item.shard not in known):
+            yield item
+
+
+def _to_retry(root: str, source: DatasetSource, options: SaveOptions) -> frozenset[str] | None:
+    """Return the shards that failed before; None where all that is not finished is to be computed."""
+    return failed_shards(root, source.storage_options) if options.retry_failed else None
+
+
+def pending_shards(state: DatasetState, target: str | None, columns: Sequence[str] | None) -> list[str]:
+    """Return the shards that a save would compute.
+
+    See :meth:`ImageTextPairDataset.pending_shards`, which calls this.
+    """
+    _check_target(state, target, columns)
+    state, _ = unify_schemas(state)
+    source = state.source
+    saved = _columns_to_save(state, target, columns)
+    finished = IsFinished(SaveShard(source, target or source.metadata_root, saved, resume=True))
+    shards = list(state.shards)
+    found = run_tasks(finished, shards, on_error=lambda shard, error: (shard, False), count=len(shards))
+    return sorted(shard for shard, is_finished in found if not is_finished)
+
+
+def _sweep(root: str, shards: Sequence[str], storage_options: Any, part: tuple[int, int] | None) -> None:
+    """Remove what killed writers left. Other parts' writers may be alive, on machines that share no locks."""
+    folders = {posixpath.dirname(shard) for shard in shards}
+    quarantined = {posixpath.join(ledger.FOLDER, QUARANTINE, folder).rstrip("/") for folder in folders}
+    files.sweep_temporaries(
+        root,
+        older_than_s=0 if part is None else OTHER_PARTS_S,
+        storage_options=storage_options,
+        folders=sorted({"", ledger.FOLDER, *folders, *quarantined}),
+    )
+
+
+def _check_target(state: DatasetState, target: str | None, columns: Sequence[str] | None) -> None:
     if target is not None and target in ("", state.source.tar_root) and target != state.source.metadata_root:
         raise ArgumentError(f"path {target!r} is where the tars lie: give another folder, or none to enrich in place")
     if columns is not None:
@@ -132,8 +231,10 @@ def run_shards(
     items: Iterable[Any],
     count: int,
     max_failure_ratio: float,
-) -> list[ledger.ShardRecord]:
-    """Run `work` over shards with progress, stopping early where too many fail."""
+    root: str,
+    source: DatasetSource,
+) -> list[Any]:
+    """Run `work` over shards with progress, stopping early where too many fail (with a ledger below `root`)."""
     records: list[ledger.ShardRecord] = []
     allowed = max(1.0, max_failure_ratio * count) if max_failure_ratio > 0 else 0.0
     failed = 0
@@ -150,9 +251,10 @@ def run_shards(
     logger.info("%s: %d shards in %.1f s", label, len(records), time.monotonic() - started)
     if too_many() and len(records) < count:
         failures = {record.shard: record.error or "" for record in records if record.status == "failed"}
+        url, _ = ledger.write_ledger(root, label.partition(":")[0], records, source.storage_options)
         raise TooManyFailuresError(
             f"stopped early: {failed} of the first {len(records)} shards failed, more than max_failure_ratio="
-            f"{max_failure_ratio} of {count} allows. {_causes(failures)}",
+            f"{max_failure_ratio} of {count} allows (ledger: {url}). {_causes(failures)}",
             failures,
         )
     return records
@@ -168,9 +270,10 @@ def finish(
     records: Sequence[ledger.ShardRecord],
     storage_options: Any,
     made_by: Mapping[str, Mapping[str, Any]] | None = None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write the ledger of a run; raise if shards failed."""
-    url, totals = ledger.write_ledger(root, kind, records, storage_options, made_by)
+    url, totals = ledger.write_ledger(root, kind, records, storage_options, made_by, notes)
     totals["ledger"] = url
     failures: dict[str, str] = totals["failed_shards"]
     if failures:
@@ -197,4 +300,4 @@ def materialize(state: DatasetState, always: bool = False) -> tuple[DatasetState
         return state, None
     token = tokenize(state.frame, sorted(state.lineage.pending))
     target = files.join(state.source.metadata_root, ledger.FOLDER, f"materialized-{token[:16]}")
-    return save(state, target, None, resume=True, max_failure_ratio=DEFAULT_FAILURE_RATIO)
+    return save(state, target, None, SaveOptions())

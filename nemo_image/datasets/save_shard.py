@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
@@ -13,12 +14,15 @@ import pandas as pd
 import pyarrow as pa
 
 from nemo_image import backend, schema
-from nemo_image.datasets.columns import rows_by_shard, same_file, tar_identity
+from nemo_image.datasets.columns import metadata_identity, rows_by_shard, same_file, tar_identity
 from nemo_image.datasets.load import id_positions, read_rows, require_unique
+from nemo_image.datasets.quarantine import Quarantine, count_bad
 from nemo_image.datasets.saved_columns import SavedColumns
 from nemo_image.datasets.shard_account import ShardAccount
 from nemo_image.datasets.shard_pass import ShardPass
 from nemo_image.datasets.source import DatasetSource
+from nemo_image.engine.attempts import MAX_DEATHS, Attempts
+from nemo_image.engine.isolation import isolate
 from nemo_image.engine.ledger import ShardRecord, accounted
 from nemo_image.errors import DatasetError, IdMismatchError, ShardError
 from nemo_image.shards import files, parquet
@@ -82,32 +86,67 @@ class SaveShard:
 
     task_name = "nemo-image-save"
 
-    def __init__(self, source: DatasetSource, root: str, saved: SavedColumns, resume: bool) -> None:
+    def __init__(
+        self,
+        source: DatasetSource,
+        root: str,
+        saved: SavedColumns,
+        resume: bool,
+        retried: frozenset[str] | None = None,
+        quarantine_bytes: bool = False,
+    ) -> None:
         self.source = source
         self.root = root
         self.saved = saved
         self.resume = resume
+        self.retried = retried
+        self.quarantine = Quarantine(source, root, quarantine_bytes)
 
     def __call__(self, item: SaveItem) -> ShardRecord:
         """Save one shard."""
         record = ShardRecord(shard=item.shard)
         with accounted(record):
-            done = self._finished_before(item.shard) if self.resume else None
-            if done is not None:
+            done = self.finished_before(item.shard) if self.resume else None
+            if done is None and self.retried is not None and item.shard not in self.retried:
+                record.status = "skipped"
+                record.notes.append("not computed yet, and no failure: left to a run without retry_failed")
+                return record
+            if done is not None and not (self.retried is not None and count_bad(done.failures)):
+                if not self.quarantine.is_current(item.shard, done.failures):
+                    self.quarantine.update(item.shard, done.failures)
                 return done
-            self._save(item, record)
+            with ShardPass(self.source, item.shard) as under_way, self._attempt(item.shard):
+                self._save(item, record, under_way)
+                self.quarantine.update(item.shard, record.failures)
         return record
+
+    @contextmanager
+    def _attempt(self, shard: str) -> Iterator[None]:
+        """Keep decoders in a child process where one may have ended the process of an earlier attempt."""
+        if not self.saved.reads_images:
+            yield
+            return
+        with Attempts(self.root, self.source.storage_options).attempt(shard) as deaths:
+            if deaths >= MAX_DEATHS:
+                raise ShardError(
+                    f"{deaths} processes that worked on this shard died, the later ones with their decoders in a child "
+                    "process: look at the workers' logs and memory"
+                )
+            with isolate() if deaths or self.retried is not None else nullcontext():
+                yield
 
     # Was it done before? ---------------------------------------------------------------------------------------------
 
-    def _finished_before(self, shard: str) -> ShardRecord | None:
+    def finished_before(self, shard: str) -> ShardRecord | None:
+        """Return a shard's record if its file holds all that this save would write."""
         summary = parquet.summary_or_none(self._url(shard), self.source.storage_options)
         if summary is None or summary.footer is None or not summary.footer.record:
             return None
         footer, saved = summary.footer, self.saved
-        wanted = {saved.id_field.name, *(one.name for one in saved.fields)}
+        there = {one.name: schema.plain_type(one.type) for one in summary.schema}
         same = (
-            wanted <= set(summary.schema.names)
+            saved.id_field.name in there
+            and all(there.get(one.name) == one.type for one in saved.fields)
             and all(footer.columns.get(name) == made for name, made in saved.fingerprints.items())
             and not any(footer.pending.get(name, 1) for name in saved.computed)
             and same_file(footer.source, tar_identity(self.source, shard))
@@ -122,7 +161,7 @@ class SaveShard:
             return self.saved.plan is None
         if footer.plan != self.saved.plan:
             return False
-        own = _identity_or_none(self.source.parquet_url(shard), self.source.storage_options)
+        own = metadata_identity(self.source.parquet_url(shard), self.source.storage_options)
         return footer.metadata_source == own and rows == footer.record.get("rows_out")
 
     # Doing it --------------------------------------------------------------------------------------------------------
@@ -130,29 +169,27 @@ class SaveShard:
     def _url(self, shard: str) -> str:
         return files.join(self.root, shard + ".parquet")
 
-    def _save(self, item: SaveItem, record: ShardRecord) -> None:
-        with ShardPass(self.source, item.shard) as under_way:
-            before = self._source_rows(item.shard)
-            record.rows_in = before.rows
-            if item.rows is None:
-                self._left_out(record, before)
-                return
-            made_by = self._made_by(before)
-            account = ShardAccount(self.source, self.saved, item.shard, before.ids, list(made_by), record)
-            pieces = self._pieces(item, before, under_way)
-            first = next(pieces)
-            with parquet.table_writer(self._url(item.shard), first.table.schema, self.source.storage_options) as out:
-                for piece in chain([first], pieces):
-                    out.write(piece.table)
-                    account.add(piece.table, piece.kept, piece.positions)
-                account.close()
-                out.footer = self._footer(item.shard, made_by, before, account)
-            record.rows_out = parquet.read_summary(self._url(item.shard), self.source.storage_options).rows
+    def _save(self, item: SaveItem, record: ShardRecord, under_way: ShardPass) -> None:
+        before = self._source_rows(item.shard)
+        record.rows_in = before.rows
+        if item.rows is None:
+            self._left_out(record, before)
+            return
+        made_by = self._made_by(before)
+        account = ShardAccount(self.source, self.saved, item.shard, before.ids, list(made_by), record)
+        pieces = self._pieces(item, before, under_way)
+        first = next(pieces)
+        with parquet.table_writer(self._url(item.shard), first.table.schema, self.source.storage_options) as out:
+            for piece in chain([first], pieces):
+                out.write(piece.table)
+                account.add(piece.table, piece.kept, piece.positions)
+            account.close()
+            out.footer = self._footer(item.shard, made_by, before, account)
+        record.rows_out = parquet.read_summary(self._url(item.shard), self.source.storage_options).rows
 
     def _pieces(self, item: SaveItem, before: _Source, under_way: ShardPass) -> Iterator[_Piece]:
         """Compute the user's frame, in windows where that gives the same rows."""
-        in_windows = item.rows.row_by_row and before.ids is not None
-        for _ in under_way.windows(before.ids if in_windows else (), in_windows):
+        for _ in under_way.windows(before.ids, item.rows.row_by_row):
             frame = item.rows()
             self._check_frame(item.shard, frame)
             yield self._assemble(item.shard, frame, before, under_way)
@@ -173,7 +210,7 @@ class SaveShard:
         if summary is None:
             if not source.built_from_tars:
                 # A missing or garbled file is an error with its cause; a frame built by the user may have none.
-                if _identity_or_none(url, source.storage_options) is not None:
+                if files.exists(url, source.storage_options):
                     parquet.read_summary(url, source.storage_options)
                 return _Source()
             table = read_rows(source, shard, source.schema.names)
@@ -182,7 +219,7 @@ class SaveShard:
             return _Source(ids, table.schema, table)
         ids = parquet.read_table(url, [source.id_col], source.storage_options)[source.id_col].combine_chunks()
         require_unique(ids, url)
-        identity = files.identify(url, source.storage_options).to_dict()
+        identity = metadata_identity(url, source.storage_options)
         return _Source(ids, summary.schema, None, identity, summary.footer or parquet.Footer())
 
     def _check_frame(self, shard: str, frame: pd.DataFrame) -> None:
@@ -286,11 +323,17 @@ class SaveShard:
         )
 
 
-def _identity_or_none(url: str, storage_options: Any) -> dict[str, Any] | None:
-    try:
-        return files.identify(url, storage_options).to_dict()
-    except FileNotFoundError:
-        return None
+class IsFinished:
+    """Tells whether a save would have nothing to do for a shard."""
+
+    task_name = "nemo-image-look"
+
+    def __init__(self, work: SaveShard) -> None:
+        self.work = work
+
+    def __call__(self, shard: str) -> tuple[str, bool]:
+        """Return the shard and the answer."""
+        return shard, self.work.finished_before(shard) is not None
 
 
 def library_versions() -> dict[str, str]:

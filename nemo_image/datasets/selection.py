@@ -12,13 +12,15 @@ import pyarrow as pa
 import xxhash
 
 from nemo_image import backend
-from nemo_image.datasets.columns import tar_identity
+from nemo_image.datasets import shard_pass
+from nemo_image.datasets.columns import metadata_identity, tar_identity
 from nemo_image.datasets.load import read_rows, require_unique
 from nemo_image.datasets.partitions import PartitionTask
+from nemo_image.datasets.recent import Recent
 from nemo_image.datasets.shard_pass import ShardPass, open_tar
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.engine.ledger import Named, ShardRecord, accounted
-from nemo_image.shards import files, parquet
+from nemo_image.shards import parquet
 from nemo_image.shards.index import TarIndex
 from nemo_image.shards.read import match_samples
 
@@ -31,7 +33,7 @@ class CountItem:
     rows: PartitionTask
 
 
-@dataclass
+@dataclass(slots=True)
 class Counted(ShardRecord):
     """A source shard's record with what the plan needs.
 
@@ -107,6 +109,17 @@ class Selected:
     digest: str
 
 
+_recent: Recent[Selected] = Recent(lambda found: len(found.index), 250_000)
+
+
+def find_again(under_way: ShardPass, rows: PartitionTask, filter_column: str, digest: str) -> Selected:
+    """Return what :func:`find_selected` does, from memory where this process has just found it in the same files."""
+    source, shard = under_way.source, under_way.shard
+    files_token = _files_token(source, shard)
+    key = (source.tar_root, source.metadata_root, filter_column, digest, files_token, shard_pass.WINDOW_ROWS)
+    return _recent.get(key, lambda: find_selected(under_way, rows, filter_column))
+
+
 def find_selected(under_way: ShardPass, rows: PartitionTask, filter_column: str) -> Selected:
     """Find the rows of a shard that pass, and their samples.
 
@@ -118,15 +131,15 @@ def find_selected(under_way: ShardPass, rows: PartitionTask, filter_column: str)
     source, shard = under_way.source, under_way.shard
     summary = parquet.summary_or_none(source.parquet_url(shard), source.storage_options)
     own_ids = None if summary is None else read_rows(source, shard, [source.id_col])[source.id_col].combine_chunks()
-    digest = xxhash.xxh3_128(_files_token(source, shard, summary))
+    values = _Values()
     passed, ids, lengths = [], [], []
-    for _ in under_way.windows(own_ids if own_ids is not None else (), rows.row_by_row and own_ids is not None):
+    for _ in under_way.windows(own_ids, rows.row_by_row):
         frame = rows()
         lengths.append(len(frame))
         chosen = frame[filter_column].fillna(False).to_numpy(dtype=bool)
         passed.append(chosen)
         ids += frame[source.id_col].iloc[np.flatnonzero(chosen)].tolist()
-        _add_values(digest, frame.iloc[np.flatnonzero(chosen)])
+        values.add(frame.iloc[np.flatnonzero(chosen)])
     candidates = np.flatnonzero(np.concatenate(passed))
     require_unique(pa.array(ids, from_pandas=True), f"the rows to export of shard {shard}")
     with open_tar(source, shard) as reader:
@@ -145,24 +158,29 @@ def find_selected(under_way: ShardPass, rows: PartitionTask, filter_column: str)
         ids=own_ids,
         without_sample=[ids[row] for row in np.flatnonzero(~has)],
         index=index,
-        digest=digest.hexdigest(),
+        digest=xxhash.xxh3_128_hexdigest(_files_token(source, shard) + repr(values).encode("utf-8", "surrogatepass")),
     )
 
 
-def _files_token(source: DatasetSource, shard: str, summary: parquet.FileSummary | None) -> bytes:
+def _files_token(source: DatasetSource, shard: str) -> bytes:
     """Return what tells a shard's tar and metadata from other versions of them."""
-    written: Any = None if summary is None or summary.footer is None else summary.footer.digest
-    if summary is not None and written is None:
-        written = files.identify(source.parquet_url(shard), source.storage_options).to_dict()
-    token = [shard, tar_identity(source, shard), written]
-    return json.dumps(token, sort_keys=True).encode("utf-8", "surrogatepass")
+    written = metadata_identity(source.parquet_url(shard), source.storage_options)
+    return json.dumps([shard, tar_identity(source, shard), written], sort_keys=True).encode("utf-8", "surrogatepass")
 
 
-def _add_values(digest: Any, frame: pd.DataFrame) -> None:
-    """Add the values of a frame's columns to a digest."""
-    for name in sorted(frame.columns):
-        values = backend.arrow_values(frame[name])
-        if pa.types.is_dictionary(values.type):
-            values = values.dictionary_decode()
-        digest.update(name.encode("utf-8", "surrogatepass"))
-        digest.update(repr(values.to_pylist()).encode("utf-8", "surrogatepass"))
+class _Values:
+    """A digest of the values of some columns, the same in whatever pieces they come."""
+
+    def __init__(self) -> None:
+        self._columns: dict[str, Any] = {}
+
+    def add(self, frame: pd.DataFrame) -> None:
+        for name in frame.columns:
+            values = backend.arrow_values(frame[name])
+            if pa.types.is_dictionary(values.type):
+                values = values.dictionary_decode()
+            text = "".join(f"{value!r}\n" for value in values.to_pylist())
+            self._columns.setdefault(name, xxhash.xxh3_128()).update(text.encode("utf-8", "surrogatepass"))
+
+    def __repr__(self) -> str:
+        return repr(sorted((name, digest.hexdigest()) for name, digest in self._columns.items()))

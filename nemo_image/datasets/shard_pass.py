@@ -68,10 +68,10 @@ class ShardPass:
 
         Parameters
         ----------
-        ids : pyarrow array
-            Of all rows of the shard's metadata.
+        ids : pyarrow array or None
+            Of all rows of the shard's metadata; None if there is none.
         """
-        if not in_windows or len(ids) <= WINDOW_ROWS:
+        if not in_windows or ids is None or len(ids) <= WINDOW_ROWS:
             yield
             return
         self._ids = ids

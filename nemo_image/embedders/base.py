@@ -249,10 +249,14 @@ class EmbedPartition:
         if not filled:
             nothing = np.zeros((0, 0), np.float32)
             return backend.to_column(nothing, index, np.array([], np.int64), self.embedder.embedding_dtype)
-        matrix = np.concatenate([one for one, _ in filled])
-        places = np.concatenate([one for _, one in filled])
-        order = np.argsort(places)
-        return backend.to_column(matrix[order], index, places[order], self.embedder.embedding_dtype)
+        matrix, places = filled[0]
+        if len(filled) > 1:
+            matrix = np.concatenate([one for one, _ in filled])
+            places = np.concatenate([one for _, one in filled])
+        if (np.diff(places) < 0).any():
+            order = np.argsort(places)
+            matrix, places = matrix[order], places[order]
+        return backend.to_column(matrix, index, places, self.embedder.embedding_dtype)
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         return ("EmbedPartition", self.embedder.__dask_tokenize__(), self.source.__dask_tokenize__(), str(self.outputs))
@@ -261,18 +265,19 @@ class EmbedPartition:
 def finished(
     matrix: FloatMatrix, rows: npt.NDArray[np.int64], errors: dict[int, str], *, normalize: bool
 ) -> ShardEmbeddings:
-    """Return embeddings with those that are zero or not finite taken out, and normalised if asked for."""
+    """Return embeddings with those that are zero or not finite taken out, and normalised (in place) if asked for."""
     if not len(rows):
         return ShardEmbeddings(matrix, rows, errors)
-    norms = np.linalg.norm(matrix.astype(np.float64), axis=1)
+    # In float64, but with no copy of the matrix: a shard's embeddings may take most of the memory that there is.
+    norms = np.sqrt(np.einsum("ij,ij->i", matrix, matrix, dtype=np.float64))
     good = np.isfinite(norms) & ((norms > 0) | (not normalize))
     for row, norm in zip(rows[~good], norms[~good], strict=True):
         errors[int(row)] = f"embedding: the model gave a vector of norm {norm}"
+    if not good.all():
+        matrix, rows, norms = matrix[good], rows[good], norms[good]
     if normalize:
-        matrix = (matrix[good] / norms[good, None]).astype(matrix.dtype)
-    else:
-        matrix = matrix[good]
-    return ShardEmbeddings(matrix, rows[good], errors)
+        np.divide(matrix, norms[:, None], out=matrix, casting="same_kind")
+    return ShardEmbeddings(matrix, rows, errors)
 
 
 def as_matrix(made: Any, length: int, who: str) -> FloatMatrix:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,14 +16,17 @@ from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.datasets.samples import samples_of_rows
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.embedders import timm_models
-from nemo_image.embedders.autocast import probe_dtype
+from nemo_image.embedders.autocast import candidate_dtype, probe_dtype
 from nemo_image.embedders.base import ImageEmbedder, ShardEmbeddings, batches, finished
 from nemo_image.embedders.preprocess import (
+    GuardedPreprocessor,
+    IsolatedPreprocessor,
     PreprocessedBatch,
     Preprocessor,
     make_preprocessor,
     normalize,
     spec_from_transform,
+    start_ahead,
 )
 from nemo_image.engine import threads
 from nemo_image.engine.model_cache import ModelSpec, get_model
@@ -117,6 +121,8 @@ class TimmImageEmbedder(ImageEmbedder):
         """
         super().prepare(dataset)
         self._check_arguments()
+        if self.autocast and self.image_embedding_column not in dataset.provenance and candidate_dtype("cpu"):
+            start_ahead()  # the probe's child process, while the model is built
         timm_models.check_name(self.model_name)
         model, identity = timm_models.identified_model(self.model_name, self.pretrained, self.weights)
         if identity == timm_models.RANDOM_WEIGHTS:
@@ -244,6 +250,8 @@ class PreparedTimmEmbedder(TimmImageEmbedder):
         before = dataset.provenance.get(self.image_embedding_column)
         if before is not None and {**before, "dtype": self.dtype} == self.fingerprint():
             return str(before["dtype"])
+        if candidate_dtype(self.device) is None:
+            return self.dtype
         pixels = self._probe_pixels(dataset)
         return probe_dtype(self._forward_as, pixels, self.device)
 
@@ -251,13 +259,15 @@ class PreparedTimmEmbedder(TimmImageEmbedder):
         """Prepare the first pictures of the first shard that has any; none where there is no such shard."""
         import torch
 
-        prepare = self.preprocessor(self.device, self.num_threads_per_worker)
-        for shard in dataset.shards[:3]:
-            with ShardReader(dataset.source.tar_url(shard), dataset.source.storage_options) as reader:
-                images = [sample.image for sample in reader.index.samples if sample.image is not None][:PROBED_IMAGES]
-                batch = prepare(list(reader.read_many(images)))
-            if batch.rows:
-                return normalized(prepare, batch, self.device)
+        preprocessor = self.preprocessor(self.device, self.num_threads_per_worker)
+        # In a child process: a picture that crashes its decoder must not take the user's notebook with it.
+        with IsolatedPreprocessor(preprocessor) as prepare:
+            for shard in dataset.shards[:3]:
+                with ShardReader(dataset.source.tar_url(shard), dataset.source.storage_options) as reader:
+                    images = [one.image for one in reader.index.samples if one.image is not None][:PROBED_IMAGES]
+                    batch = prepare(list(reader.read_many(images)))
+                if batch.rows:
+                    return normalized(prepare, batch, self.device)
         return torch.empty(0)
 
     # In a task -------------------------------------------------------------------------------------------------------
@@ -273,12 +283,15 @@ class PreparedTimmEmbedder(TimmImageEmbedder):
             places: list[npt.NDArray[np.int64]] = []
             self.model()
             decode_threads = max(1, min(self.num_threads_per_worker, threads.task_share()))
-            prepare = self.preprocessor(self.device, decode_threads)
-            for batch_rows, batch in prefetch(self._prepared(prepare, reader, images, rows)):
-                _note(found, batch_rows, batch)
-                if batch.rows:
-                    vectors.append(self._embed(normalized(prepare, batch, self.device)))
-                    places.append(batch_rows[batch.rows])
+            with contextlib.ExitStack() as stack:
+                prepare = GuardedPreprocessor(self.preprocessor(self.device, decode_threads))
+                ready = stack.enter_context(contextlib.closing(prefetch(self._prepared(prepare, reader, images, rows))))
+                stack.enter_context(prepare)  # closed first: the thread may be waiting for a decoder
+                for batch_rows, batch in ready:
+                    _note(found, batch_rows, batch)
+                    if batch.rows:
+                        vectors.append(self._embed(normalized(prepare, batch, self.device)))
+                        places.append(batch_rows[batch.rows])
         if vectors:
             found.matrix, found.rows = np.concatenate(vectors), np.concatenate(places)
         done = finished(found.matrix, found.rows, found.errors, normalize=self.normalize_embeddings)

@@ -8,50 +8,67 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
+import re
+import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
 from nemo_image import schema
-from nemo_image.errors import NemoImageError, one_line
+from nemo_image.errors import DatasetError, NemoImageError, one_line
 from nemo_image.shards import files
+
+logger = logging.getLogger("nemo_image")
 
 FOLDER = "_nemo_image"
 NAMED_AT_MOST = 20
 """How many ids or members of a kind a shard's record names; the counts are complete."""
 
 
+_COUNTS = ("rows_in", "rows_joined", "rows_out", "rows_filtered", "samples")
+_NAMED = ("rows_without_sample", "samples_without_row", "repeated_members")
+
+
 class LedgerError(NemoImageError):
     """Rows were gained or lost without a name: a defect of nemo_image, please report it."""
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Named:
     """A count with the first few of what it counts."""
 
     count: int = 0
-    first: list[str] = field(default_factory=list)
+    first: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "first", tuple(self.first))
 
     @classmethod
     def of(cls, items: Iterable[Any]) -> Named:
         """Count `items` and keep the first few."""
-        named = cls()
-        for item in items:
-            if named.count < NAMED_AT_MOST:
-                named.first.append(str(item))
-            named.count += 1
-        return named
+        rest = iter(items)
+        # Names in tars may hold bytes that are no UTF-8, which no ledger could be written with.
+        first = [str(item).encode("utf-8", "backslashreplace").decode() for item in islice(rest, NAMED_AT_MOST)]
+        return cls(len(first) + sum(1 for _ in rest), first)
 
 
-@dataclass
+NOTHING = Named()
+
+
+@dataclass(slots=True)
 class ShardRecord:
     """One shard's account. All counts are of rows unless they say otherwise.
+
+    A run keeps one for each of its shards, perhaps 500,000: so they are small, below 1 kB each once they have come from
+    a worker or a file.
 
     Attributes
     ----------
@@ -85,9 +102,9 @@ class ShardRecord:
     samples: int | None = None
     results: dict[str, int] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
-    rows_without_sample: Named = field(default_factory=Named)
-    samples_without_row: Named = field(default_factory=Named)
-    repeated_members: Named = field(default_factory=Named)
+    rows_without_sample: Named = NOTHING
+    samples_without_row: Named = NOTHING
+    repeated_members: Named = NOTHING
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     error: str | None = None
@@ -105,9 +122,9 @@ class ShardRecord:
         into = self.rows_in + self.rows_joined
         out = self.rows_out + self.rows_filtered + sum(self.losses.values())
         if into != out:
+            who = f"shard {self.shard}" if self.shard else "the run"
             raise LedgerError(
-                f"shard {self.shard}: {self.rows_in} rows in + {self.rows_joined} joined, but {self.rows_out} rows "
-                "out + "
+                f"{who}: {self.rows_in} rows in + {self.rows_joined} joined, but {self.rows_out} rows out + "
                 f"{self.rows_filtered} filtered + losses {self.losses}"
             )
 
@@ -119,15 +136,35 @@ class ShardRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain values for JSON."""
-        return asdict(self)
+        return {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ShardRecord:
-        """Rebuild a record from :meth:`to_dict`."""
+        """Rebuild a record from :meth:`to_dict`; equal names and numbers in it are one object."""
         known = {name: value for name, value in values.items() if name in cls.__dataclass_fields__}
-        for name in ("rows_without_sample", "samples_without_row", "repeated_members"):
-            known[name] = Named(**known.get(name, {}))
+        for name in _NAMED:
+            named = Named(**known.get(name, {}))
+            known[name] = named if named.count else NOTHING
+        same: dict[int, int] = {}
+        for name, value in known.items():
+            if isinstance(value, dict):
+                known[name] = {sys.intern(key): same.setdefault(one, one) for key, one in value.items()}
+            elif type(value) is int:
+                known[name] = same.setdefault(value, value)
+        if "status" in known:
+            known["status"] = sys.intern(known["status"])
         return cls(**known)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send only what says something; :meth:`from_dict` makes the client's copy, which is small."""
+        usual = type(self)("").to_dict()
+        return type(self).from_dict, ({name: one for name, one in self.to_dict().items() if usual[name] != one},)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Named):
+        return {"count": value.count, "first": list(value.first)}
+    return value.copy() if isinstance(value, dict | list) else value
 
 
 @contextmanager
@@ -147,35 +184,58 @@ def count_failures(reasons: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(reason.split(":", 1)[0] for reason in reasons).items()))
 
 
+class Sums:
+    """The sums of a run, record by record."""
+
+    def __init__(self) -> None:
+        self._statuses: Counter[str] = Counter()
+        self._rows: Counter[str] = Counter()
+        self._counts: dict[str, Counter[str]] = {name: Counter() for name in ("losses", "results", "failures")}
+        self._failed: dict[str, str | None] = {}
+
+    def add(self, record: ShardRecord) -> None:
+        """Add a record; of a failed shard only that it failed."""
+        self._statuses[record.status] += 1
+        if record.status == "failed":
+            self._failed[record.shard] = record.error
+            return
+        for name in _COUNTS:
+            self._rows[name] += getattr(record, name) or 0
+        for name in _NAMED:
+            self._rows[name] += getattr(record, name).count
+        for name, counter in self._counts.items():
+            counter.update(getattr(record, name))
+
+    def balance(self) -> None:
+        """Assert that the run's rows are accounted for.
+
+        Raises
+        ------
+        LedgerError
+            If the sides of the equation differ.
+        """
+        run = ShardRecord("", losses=dict(self._counts["losses"]))
+        for name in _COUNTS:
+            setattr(run, name, self._rows[name])
+        run.balance()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the sums as plain values for JSON."""
+        return {
+            "shards": {status: self._statuses[status] for status in ("done", "skipped", "failed")},
+            **{name: self._rows[name] for name in (*_COUNTS, *_NAMED)},
+            **{name: dict(sorted(counter.items())) for name, counter in self._counts.items()},
+            "failed_shards": dict(self._failed),
+        }
+
+
 def total(records: Iterable[ShardRecord]) -> dict[str, Any]:
     """Sum the records of a run and assert that the sums balance too."""
-    records = list(records)
-    finished = [record for record in records if record.status != "failed"]
-    run = ShardRecord(
-        shard="",
-        rows_in=sum(record.rows_in or 0 for record in finished),
-        rows_joined=sum(record.rows_joined for record in finished),
-        rows_out=sum(record.rows_out or 0 for record in finished),
-        rows_filtered=sum(record.rows_filtered for record in finished),
-        losses=_sum_counts(record.losses for record in finished),
-    )
-    run.balance()
-    statuses = Counter(record.status for record in records)
-    return {
-        "shards": {status: statuses[status] for status in ("done", "skipped", "failed")},
-        "rows_in": run.rows_in,
-        "rows_joined": run.rows_joined,
-        "rows_out": run.rows_out,
-        "rows_filtered": run.rows_filtered,
-        "losses": run.losses,
-        "samples": sum(record.samples or 0 for record in finished),
-        "results": _sum_counts(record.results for record in finished),
-        "failures": _sum_counts(record.failures for record in finished),
-        "rows_without_sample": sum(record.rows_without_sample.count for record in finished),
-        "samples_without_row": sum(record.samples_without_row.count for record in finished),
-        "repeated_members": sum(record.repeated_members.count for record in finished),
-        "failed_shards": {record.shard: record.error for record in records if record.status == "failed"},
-    }
+    sums = Sums()
+    for record in records:
+        sums.add(record)
+    sums.balance()
+    return sums.to_dict()
 
 
 def write_ledger(
@@ -184,25 +244,107 @@ def write_ledger(
     records: Iterable[ShardRecord],
     storage_options: Mapping[str, Any] | None = None,
     made_by: Mapping[str, Mapping[str, Any]] | None = None,
+    notes: Iterable[str] = (),
 ) -> tuple[str, dict[str, Any]]:
     """Write a run's ledger below `root` and return its URL and the run's totals.
 
     The file has one JSON object a line: each shard's record in the order of their names, then ``{"run": totals}``, with
-    the fingerprints of the columns (`made_by`) that the run wrote.
+    the fingerprints of the columns (`made_by`) that the run wrote and its `notes`.
     """
     ordered = sorted(records, key=lambda record: record.shard)
-    totals = {**total(ordered), "made_by": dict(made_by or {})}
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
+    totals = {**total(ordered), "made_by": dict(made_by or {}), "notes": list(notes)}
+    stamp = datetime.datetime.now(datetime.UTC).strftime(_STAMP)
     url = files.join(root, FOLDER, f"{kind}-{stamp}-{uuid.uuid4().hex[:8]}.jsonl")
-    lines = [*(record.to_dict() for record in ordered), {"run": totals}]
     with files.atomic_writer(url, storage_options) as out:
-        for line in lines:
-            out.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        for record in ordered:
+            out.write(_line(record.to_dict()))
+        out.write(_line({"run": totals}))
     return url, totals
 
 
-def _sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    summed: Counter[str] = Counter()
-    for one in counts:
-        summed.update(one)
-    return dict(sorted(summed.items()))
+def _line(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(values, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+_STAMP = "%Y%m%dT%H%M%S%f"
+_NAME = re.compile(r"(?P<kind>.+)-(?P<time>[0-9]{8}T[0-9]{6}(?:[0-9]{6})?)-[0-9a-f]{8}\.jsonl")
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """A ledger's file.
+
+    Attributes
+    ----------
+    url : str
+    kind : str
+        What ran: ``"save_metadata"``, ``"to_webdataset"``, …
+    time : datetime.datetime
+        When the run ended, in UTC.
+    """
+
+    url: str
+    kind: str
+    time: datetime.datetime
+    storage_options: Mapping[str, Any] | None = None
+
+    def lines(self) -> Iterator[ShardRecord | dict[str, Any]]:
+        """Yield the shards' records in their order, then the run's totals, as they stand there.
+
+        Raises
+        ------
+        DatasetError
+            If the file is cut off or garbled; after what could be read.
+        """
+        fs, path = files.open_fs(self.url, self.storage_options)
+        last: ShardRecord | dict[str, Any] | None = None
+        with fs.open(path, "rb") as file:
+            for number, text in enumerate(file, 1):
+                try:
+                    last = _parsed(text)
+                except (ValueError, TypeError, KeyError, AttributeError) as error:
+                    raise DatasetError(f"{self.url}: line {number} is garbled or cut off ({error})") from error
+                yield last
+        if not isinstance(last, dict):
+            raise DatasetError(f"{self.url}: the file is cut off: its last line is not the run's totals")
+
+
+def _parsed(text: bytes) -> ShardRecord | dict[str, Any]:
+    values = json.loads(text)
+    if "run" in values:
+        return dict(values["run"])
+    record = ShardRecord.from_dict(values)
+    odd = [name for name in _COUNTS if not isinstance(getattr(record, name), int | None)]
+    if odd:
+        raise ValueError(f"{odd[0]} is no number of rows")
+    return record
+
+
+def read_ledgers(root: str, storage_options: Mapping[str, Any] | None = None) -> list[Ledger]:
+    """Return the ledgers of the runs that wrote below `root`, the oldest first; none where there is no such folder."""
+    folder = files.join(root, FOLDER)
+    try:
+        names = files.list_files(folder, ".jsonl", storage_options)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = []
+    for name in names:
+        match = _NAME.fullmatch(name)
+        if match is not None:
+            stamp = match["time"].ljust(len("20000101T000000000000"), "0")
+            moment = datetime.datetime.strptime(stamp, _STAMP).replace(tzinfo=datetime.UTC)
+            found.append(Ledger(files.join(folder, name), match["kind"], moment, storage_options))
+    return sorted(found, key=lambda one: (one.time, one.url))
+
+
+def failed_shards(root: str, storage_options: Mapping[str, Any] | None = None) -> frozenset[str]:
+    """Return the shards that the ledgers below `root` say failed, in whichever run came last to each."""
+    status: dict[str, str] = {}
+    for ledger in read_ledgers(root, storage_options):
+        try:
+            for line in ledger.lines():
+                if isinstance(line, ShardRecord):
+                    status[line.shard] = line.status
+        except DatasetError as error:
+            logger.warning("%s; what stands before that counts", error)
+    return frozenset(shard for shard, last in status.items() if last == "failed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from nemo_image.schema import KEY
@@ -14,7 +15,7 @@ def renamed(name: str, extension: str, new_key: str) -> str:
 
 
 def rewritten_json(data: bytes, fields: dict[str, Any], old_key: str, new_key: str) -> bytes | None:
-    """Return a sample's JSON with its id fields replaced; None where it is no JSON object.
+    """Return a sample's JSON with its id fields replaced; None where it is no JSON object, or cannot be kept whole.
 
     Parameters
     ----------
@@ -26,7 +27,7 @@ def rewritten_json(data: bytes, fields: dict[str, Any], old_key: str, new_key: s
         A field ``key`` that says the old key gets the new one.
     """
     try:
-        values = json.loads(data)
+        values = json.loads(data, parse_float=_float)
     except (ValueError, RecursionError):
         return None
     if not isinstance(values, dict):
@@ -34,4 +35,16 @@ def rewritten_json(data: bytes, fields: dict[str, Any], old_key: str, new_key: s
     if str(values.get(KEY)) == old_key:
         values[KEY] = new_key
     values |= fields
-    return json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    try:
+        return json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which only an escape can say
+        return json.dumps(values).encode()
+    except RecursionError:
+        return None
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is too large")  # and would be written as Infinity, which is no JSON
+    return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,8 @@ def write_output(
     order = _in_order(taken)
     keys = [sample.key if settings.keep_ids else new_ids(place) for place, (_, sample, _) in enumerate(order)]
     _require_unique(keys, shard)
+    if settings.keep_ids:
+        _require_harmless(member.name for _, sample, _ in order for member in sample.members)
     tar_url = files.join(settings.root, shard + ".tar")
     ids = [one.rows[settings.id_col].to_pylist() for one in taken]
     old_ids = [ids[part][row] for part, _, row in order]
@@ -145,6 +147,17 @@ def _require_unique(keys: Sequence[str], shard: str) -> None:
                 "them without keep_ids (old_id_col keeps the old ids)"
             )
         seen.add(key)
+
+
+def _require_harmless(names: Iterable[str]) -> None:
+    """Refuse names that lead out of the folder into which somebody unpacks the tar."""
+    for name in names:
+        parts = name.replace("\\", "/").split("/")
+        if not parts[0] or ".." in parts or parts[0].endswith(":"):
+            raise DatasetError(
+                f"the member {name[:200]!r} would be unpacked outside of the folder it is unpacked in: export without "
+                "keep_ids, which gives new names (old_id_col keeps the old ids)"
+            )
 
 
 def _copy(

@@ -5,28 +5,24 @@ A URL is a local path or whatever `fsspec <https://filesystem-spec.readthedocs.i
 
 from __future__ import annotations
 
-import fcntl
 import os
-import re
-import stat
-import time
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from fsspec.asyn import AsyncFileSystem
 from fsspec.core import url_to_fs
+from fsspec.dircache import DirCache
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from nemo_image.errors import ArgumentError
+from nemo_image.shards import retries
+from nemo_image.shards.atomic import is_left_over, write_local, write_remote
 
-TEMPORARY_PREFIX = ".nemo-image-tmp-"
-_TEMPORARY = re.compile(re.escape(TEMPORARY_PREFIX) + r"[0-9a-f]{32}-.")
-_NAME_BYTES = 255  # the longest file name of the usual file systems
+T = TypeVar("T")
 
 Url = str | os.PathLike[str]
 StorageOptions = Mapping[str, Any] | None
@@ -40,10 +36,66 @@ def open_fs(url: Url, storage_options: StorageOptions = None) -> tuple[AbstractF
     url : str or path
         A local path or any fsspec URL.
     storage_options : mapping, optional
-        Credentials and settings of the file system.
+        Credentials and settings of the file system. Its listings are not cached: other processes write there too.
     """
     fs, path = url_to_fs(os.fspath(url), **dict(storage_options or {}))
+    listings = getattr(fs, "dircache", None)
+    if isinstance(listings, DirCache) and listings.use_listings_cache:
+        listings.use_listings_cache = False
+        listings.clear()
     return fs, str(path)
+
+
+def _ask(fs: AbstractFileSystem, url: Url, question: Callable[[], T]) -> T:
+    """Ask a file system something, again where a remote one fails for a moment."""
+    return question() if isinstance(fs, LocalFileSystem) else retries.call(url, question)
+
+
+def exists(url: Url, storage_options: StorageOptions = None) -> bool:
+    """Tell whether there is a file or folder.
+
+    Raises
+    ------
+    OSError
+        If a remote file system does not say. (fsspec's own ``exists`` takes a failed request for a missing file.)
+    """
+    fs, path = open_fs(url, storage_options)
+    try:
+        _ask(fs, url, lambda: fs.info(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def is_folder(url: Url, storage_options: StorageOptions = None) -> bool:
+    """Tell whether there is a folder; on the web, whether the server lists anything there.
+
+    Raises
+    ------
+    OSError
+        If a remote file system does not say.
+    """
+    fs, path = open_fs(url, storage_options)
+    return bool(_ask(fs, url, lambda: fs.isdir(path)))
+
+
+def glob(pattern: Url, storage_options: StorageOptions = None) -> list[str]:
+    """Return the sorted URLs of the files that a pattern of ``*``, ``?`` and ``[…]`` means."""
+    fs, path = open_fs(pattern, storage_options)
+    found = sorted(_ask(fs, pattern, lambda: fs.glob(path)))
+    return [str(fs.unstrip_protocol(one)) if "://" in os.fspath(pattern) else str(one) for one in found]
+
+
+def read_bytes(url: Url, storage_options: StorageOptions = None) -> bytes:
+    """Return a small file's content.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    """
+    fs, path = open_fs(url, storage_options)
+    return bytes(_ask(fs, url, lambda: fs.cat_file(path)))
 
 
 def join(root: Url, *parts: str) -> str:
@@ -75,9 +127,8 @@ def list_files(root: Url, suffix: str, storage_options: StorageOptions = None) -
         If it is a file.
     """
     fs, path = open_fs(root, storage_options)
-    fs.invalidate_cache(path)  # another worker may have written since the last look
     names = []
-    for info in fs.ls(path, detail=True):
+    for info in _ask(fs, root, lambda: fs.ls(path, detail=True)):
         if info["type"] == "directory":
             continue
         if info["name"].rstrip("/") == path.rstrip("/"):
@@ -130,17 +181,19 @@ def identify(url: Url, storage_options: StorageOptions = None) -> FileIdentity:
         seconds, nanoseconds = divmod(status.st_mtime_ns, 10**9)
         moment = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
         return FileIdentity(status.st_size, f"{moment}.{nanoseconds:09d}Z")
-    fs.invalidate_cache(fs._parent(path))
-    info = fs.info(path)
+    info = _ask(fs, url, lambda: fs.info(path))
     etag = info.get("ETag") or info.get("etag")
-    return FileIdentity(int(info["size"]), _modified(fs, path), None if etag is None else str(etag))
+    modified = _ask(fs, url, lambda: _modified(fs, path, info))
+    return FileIdentity(int(info["size"]), modified, None if etag is None else str(etag))
 
 
-def _modified(fs: AbstractFileSystem, path: str) -> str | None:
-    try:
-        moment = fs.modified(path)
-    except NotImplementedError:
-        return None
+def _modified(fs: AbstractFileSystem, path: str, info: Mapping[str, Any]) -> str | None:
+    moment = info.get("LastModified") or info.get("Last-Modified")  # S3, HTTP: no need to ask again
+    if moment is None:
+        try:
+            moment = fs.modified(path)
+        except NotImplementedError:
+            return None
     if not isinstance(moment, datetime):
         return None if moment is None else str(moment)
     return moment.astimezone(UTC).isoformat() if moment.tzinfo else moment.isoformat()
@@ -151,85 +204,33 @@ def atomic_writer(url: Url, storage_options: StorageOptions = None) -> Iterator[
     """Write a file that appears under its name only when it is whole.
 
     A local file is written under a temporary name in the same folder (made if it is missing), synced, and moved over
-    the target, whose permissions it takes. Elsewhere the upload is completed at the end or given up. After an
-    exception in the ``with`` block, the target is what it was.
+    the target, whose permissions it takes. Elsewhere the upload is completed at the end or given up, and the store is
+    asked whether it has all bytes. After an exception in the ``with`` block, the target is what it was.
 
     Yields
     ------
     binary file, open for writing
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; names the target, and what to do about a full or read-only file system.
     """
     fs, path = open_fs(url, storage_options)
-    writer = _write_local(path) if isinstance(fs, LocalFileSystem) else _write_remote(fs, path)
+    writer = write_local(path) if isinstance(fs, LocalFileSystem) else write_remote(fs, path, os.fspath(url))
     with writer as file:
         yield file
 
 
-@contextmanager
-def _write_local(path: str) -> Iterator[BinaryIO]:
-    folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
-    unique = f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-"
-    temporary = os.path.join(folder, unique + os.fsdecode(os.fsencode(name)[len(unique) - _NAME_BYTES :]))
-    try:
-        with open(temporary, "xb") as file:
-            with suppress(OSError):  # not every file system has locks
-                # Tells sweep_temporaries that somebody is still writing.
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield file
-            if not file.closed:
-                file.flush()
-            _sync(temporary)
-            with suppress(FileNotFoundError):
-                os.chmod(temporary, stat.S_IMODE(os.stat(path).st_mode))
-            os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    with suppress(OSError):  # some network file systems cannot sync a folder
-        _sync(folder)
+def sweep_temporaries(
+    root: Url, older_than_s: float = 0, storage_options: StorageOptions = None, folders: Sequence[str] = ("",)
+) -> list[str]:
+    """Remove what killed writers of ours left directly in a folder, or in folders below it.
 
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _write_remote(fs: AbstractFileSystem, path: str) -> Iterator[BinaryIO]:
-    if isinstance(fs, AsyncFileSystem):
-        # Object stores: nothing is visible before close() completes the upload.
-        file = fs.open(path, "wb")
-        try:
-            yield file
-            file.close()
-        except BaseException:
-            with suppress(Exception):
-                file.discard()
-            file.closed = True  # or the garbage collector would complete the upload
-            raise
-        return
-    folder, _, name = path.rpartition("/")
-    temporary = f"{folder}/{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{name}"
-    fs.makedirs(folder, exist_ok=True)
-    try:
-        with fs.open(temporary, "wb") as file:
-            yield file
-        fs.mv(temporary, path)
-    except BaseException:
-        with suppress(Exception):
-            fs.rm_file(temporary)
-        raise
-
-
-def sweep_temporaries(root: Url, older_than_s: float = 0, storage_options: StorageOptions = None) -> list[str]:
-    """Remove what killed writers of ours left directly in a folder.
-
-    A temporary file that a living process of this machine still writes is locked and stays; `older_than_s` protects
-    those of other machines where the file system does not share locks.
+    A temporary file that a living process of this machine still writes stays. On local file systems its lock tells
+    (where the file system shares locks, also of other machines); elsewhere the process named in the file's name, and
+    files of other machines stay for an hour. Object stores show no unfinished file (what a killed writer uploaded is
+    dropped by the bucket's rule for incomplete multipart uploads).
 
     Parameters
     ----------
@@ -237,38 +238,27 @@ def sweep_temporaries(root: Url, older_than_s: float = 0, storage_options: Stora
         A folder; one that does not exist is fine.
     older_than_s : float
         Only files not changed for so many seconds.
+    folders : sequence of str
+        Paths below `root`, ``""`` for itself.
 
     Returns
     -------
     list of str
-        The names removed.
+        The names removed, below `root`.
     """
-    fs, path = open_fs(root, storage_options)
-    fs.invalidate_cache(path)
-    try:
-        found = [info["name"] for info in fs.ls(path, detail=True) if info["type"] == "file"]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
     removed = []
-    for file in sorted(found):
-        name = file.rpartition("/")[2]
-        if _TEMPORARY.match(name) and _is_left_over(fs, file, older_than_s):
-            with suppress(FileNotFoundError):
-                fs.rm_file(file)
-                removed.append(name)
+    for folder in folders:
+        fs, path = open_fs(join(root, folder) if folder else root, storage_options)
+        if isinstance(fs, AsyncFileSystem):
+            break
+        try:
+            found = [info["name"] for info in fs.ls(path, detail=True) if info["type"] == "file"]
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        for file in sorted(found):
+            name = file.rpartition("/")[2]
+            if is_left_over(fs, file, older_than_s):
+                with suppress(FileNotFoundError):
+                    fs.rm_file(file)
+                    removed.append(f"{folder}/{name}" if folder else name)
     return removed
-
-
-def _is_left_over(fs: AbstractFileSystem, path: str, older_than_s: float) -> bool:
-    try:
-        if older_than_s > 0 and time.time() - fs.modified(path).timestamp() < older_than_s:
-            return False
-        if not isinstance(fs, LocalFileSystem):
-            return True
-        with open(path, "r+b") as file:  # some network file systems lock only what is open for writing
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, FileNotFoundError):
-        return False
-    except OSError:
-        return True  # no locks here
-    return True

@@ -108,8 +108,11 @@ class _Walk:
             if len(header) < 512:
                 header = window.read(position, 512)
                 start, seen = window.start, window.data
+                if len(header) < 512:  # its sum may be right all the same: what is missing may be zeros
+                    self.end(position, header)
+                    return self.found
             if sums.get(header[148:156]) != adler32(header) & 0xFFFF:
-                if len(header) < 512 or header == _ZEROS:
+                if header == _ZEROS:
                     self.end(position, header)
                     return self.found
                 self.check_sum(header, position)
@@ -220,7 +223,9 @@ class _Walk:
             length = int(digits) if digits.isdigit() else 0
             record = payload[position : position + length]
             key, equals, value = record[len(digits) + 1 :].partition(b"=")
-            if not equals or len(record) < length or not record.endswith(b"\n"):
+            # A name with a NUL is no name: others would read it up to there.
+            is_cut = key == b"path" and b"\0" in value
+            if not equals or len(record) < length or not record.endswith(b"\n") or is_cut:
                 raise self.error(
                     data + position, "a pax record that cannot be read", "the tar is damaged: make it anew"
                 )

@@ -169,8 +169,8 @@ def _parse(url: Url, storage_options: StorageOptions) -> list[Entry]:
 def _read_hinted(source: ByteSource, hints: Sequence[Entry]) -> tuple[TarIndex, str | None]:
     """Index a tar with an index file's help; return also in what the two disagree."""
     contents = read_contents(source, _HintedWindow(source, hints))
-    index = group_members(contents, source.size)
     there = {offset: (name, size) for name, offset, size in contents.files}
+    index = group_members(contents, source.size)
     for name, offset, size in hints:
         if there.get(offset) != (name, size):
             found = "{!r} of {} bytes".format(*there[offset]) if offset in there else "no member"

@@ -12,6 +12,8 @@ from nemo_image.shards.headers import Contents, HeaderWindow, read_contents
 from nemo_image.shards.keys import IMAGE_EXTENSIONS, split_member_name
 from nemo_image.shards.sources import ByteSource, open_source
 
+_FEW = 16  # members of a sample; where there are more, their extensions are looked up in a table
+
 
 class Member(NamedTuple):
     """A file in a tar.
@@ -33,7 +35,10 @@ class Member(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """The members that share a key, in the tar's order, one for each extension."""
+    """The members that share a key, in the tar's order, one for each extension.
+
+    The key is text: bytes of a name that are no UTF-8 are written in it as ``\\xff``.
+    """
 
     key: str
     members: tuple[Member, ...]
@@ -132,22 +137,51 @@ def unreadable(name: str, error: OSError) -> TarError:
 
 
 def group_members(contents: Contents, size: int) -> TarIndex:
-    """Group members by key into the index of a tar of `size` bytes."""
-    groups: dict[str, dict[str, Member]] = {}
+    """Group members by key into the index of a tar of `size` bytes. Takes the files out of `contents`."""
+    # A tar may have millions of members: each object is made once, and freed as soon as another has taken its place.
+    groups: dict[str, tuple[Member, ...] | dict[str, Member]] = {}
+    extensions: dict[str, str] = {}
     repeated: list[str] = []
     ignored: list[str] = []
-    for name, offset, length in contents.files:
+    contents.files.reverse()
+    while contents.files:
+        name, offset, length = contents.files.pop()
         parts = split_member_name(name)
         if parts is None:
             ignored.append(name)
             continue
         key, extension = parts
-        group = groups.get(key)
-        if group is None:
-            groups[key] = {extension: Member(name, extension, offset, length)}
-        elif extension in group:
-            repeated.append(name)
+        group = groups.get(key, ())
+        if isinstance(group, tuple) and len(group) == _FEW:
+            group = groups[key] = {member.extension: member for member in group}
+        if isinstance(group, dict):
+            is_known = extension in group
         else:
-            group[extension] = Member(name, extension, offset, length)
-    samples = tuple([Sample(key, tuple(group.values())) for key, group in groups.items()])
-    return TarIndex(samples, tuple(repeated), (*ignored, *contents.others), size)
+            is_known = any(member.extension == extension for member in group)
+        if is_known:
+            repeated.append(name)
+            continue
+        member = Member(name, extensions.setdefault(extension, extension), offset, length)
+        if isinstance(group, dict):
+            group[extension] = member
+        else:
+            groups[key] = (*group, member)
+    samples = []
+    for key in list(groups):
+        group = groups.pop(key)
+        samples.append(Sample(key, tuple(group.values()) if isinstance(group, dict) else group))
+    if not all(sample.key.isascii() for sample in samples):
+        samples = _with_text_keys(samples, repeated)
+    return TarIndex(tuple(samples), tuple(repeated), (*ignored, *contents.others), size)
+
+
+def _with_text_keys(samples: list[Sample], repeated: list[str]) -> list[Sample]:
+    """Write bytes of keys that are no UTF-8 as escapes, so that metadata can hold every key."""
+    texts: dict[str, Sample] = {}
+    for sample in samples:
+        key = sample.key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        if key in texts:
+            repeated += [member.name for member in sample.members]
+        else:
+            texts[key] = sample._replace(key=key)
+    return list(texts.values())

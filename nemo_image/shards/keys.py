@@ -32,8 +32,10 @@ def split_member_name(name: str) -> tuple[str, str] | None:
     if "/" not in name:
         key, _, extension = name.partition(".")
         return (key, extension.lower()) if key and extension else None
-    while name.startswith("./"):
-        name = name[2:]
+    start = 0
+    while name.startswith("./", start):
+        start += 2
+    name = name[start:]
     base = name.rfind("/") + 1
     dot = name.find(".", base)
     if dot <= base or dot == len(name) - 1:

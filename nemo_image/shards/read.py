@@ -24,6 +24,7 @@ logger = logging.getLogger("nemo_image")
 CHUNK = 2**20
 """Bytes at once of a member that is not read whole."""
 
+_DEPTH = 32  # of nested JSON; Parquet's readers take 100 levels, two for each list
 _CHECKED = 8  # samples whose JSON is compared with their ids
 
 _Group = tuple[int, int, Sequence[Member]]  # start and stop of a read, and the members in it
@@ -155,6 +156,9 @@ class ShardReader:
         if not isinstance(fields, dict):
             self._tell(sample, "is no object")
             return None
+        if data.count(b"[") + data.count(b"{") > _DEPTH and _is_deeper(fields, _DEPTH):
+            self._tell(sample, f"is nested more than {_DEPTH} deep")
+            return None
         return fields
 
     def _tell(self, sample: Sample, reason: str) -> None:
@@ -197,6 +201,13 @@ class ShardReader:
                         f"{member.size} bytes: the file was cut off while it was read; copy or download it again"
                     )
                 yield data
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return depth == 0 or any(_is_deeper(one, depth - 1) for one in inner)
 
 
 def match_samples(reader: ShardReader, ids: Iterable[Any], id_col: str) -> npt.NDArray[np.int64]:

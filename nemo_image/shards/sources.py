@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import IO
+from typing import IO, Any, BinaryIO, cast
 
+from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
+from nemo_image.shards import retries
 from nemo_image.shards.files import StorageOptions, Url, open_fs
 
 _KIB, _MIB = 2**10, 2**20
+_NO_RANGES = "the server ignores byte ranges: copy the file to a local disk first"
 
 
 class ByteSource(ABC):
@@ -88,7 +93,7 @@ class LocalSource(ByteSource):
 
 
 class RemoteSource(ByteSource):
-    """A file of another file system, read by ranges."""
+    """A file of another file system, read by ranges; what fails for a moment is asked for again."""
 
     gap = 64 * _KIB
     skip = _MIB
@@ -97,39 +102,80 @@ class RemoteSource(ByteSource):
 
     def __init__(self, fs: AbstractFileSystem, path: str, name: str) -> None:
         self._fs, self._path = fs, path
-        fs.invalidate_cache(fs._parent(path))
-        size = self._fs.info(path)["size"]
-        if size is None:
+        info = retries.call(name, lambda: fs.info(path))
+        if info["type"] == "directory":
+            raise IsADirectoryError(errno.EISDIR, "is a folder", name)
+        if info["size"] is None:
             raise OSError("the server does not tell the file's size: copy the file to a local disk first")
-        super().__init__(name, int(size))
+        super().__init__(name, int(info["size"]))
+        # Asked before anything is read: a web server that ignores the range sends the whole file.
+        is_web = self.size > 0 and "http" in fs.protocol
+        if is_web and not (info.get("partial", True) and retries.call(name, lambda: _serves_ranges(fs, path))):
+            raise OSError(_NO_RANGES)
 
     def read_at(self, offset: int, size: int) -> bytes:
         """Return `size` bytes from `offset` on, fewer where the file ends."""
         return self.read_ranges([(offset, offset + size)])[0]
 
     def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Return the bytes of several (start, stop) ranges, fetched at once where the file system can."""
+        """Return the bytes of several (start, stop) ranges, fetched at once where the file system can.
+
+        Raises
+        ------
+        OSError
+            If the storage does not give them, also after several tries.
+        """
         ranges = [(min(start, self.size), min(stop, self.size)) for start, stop in ranges]
-        wanted = [(start, stop) for start, stop in ranges if start < stop]
-        try:
-            blobs = self._fs.cat_ranges(
-                [self._path] * len(wanted),
-                [start for start, _ in wanted],
-                [stop for _, stop in wanted],
-                on_error="raise",
+        found: dict[tuple[int, int], bytes] = {(start, stop): b"" for start, stop in ranges if start >= stop}
+
+        def fetch() -> None:
+            missing = [one for one in dict.fromkeys(ranges) if one not in found]
+            failures = []
+            for one, blob in zip(missing, self._ask_for(missing), strict=True):
+                try:
+                    found[one] = self._checked(one, blob)
+                except OSError as error:
+                    failures.append(error)  # what came is kept, only the rest is asked for again
+            if failures:
+                raise failures[0]
+
+        retries.call(self.name, fetch)
+        return [found[one] for one in ranges]
+
+    def _ask_for(self, ranges: Sequence[tuple[int, int]]) -> list[bytes | Exception]:
+        starts, stops = [start for start, _ in ranges], [stop for _, stop in ranges]
+        return list(self._fs.cat_ranges([self._path] * len(ranges), starts, stops, on_error="return"))
+
+    def _checked(self, wanted: tuple[int, int], blob: bytes | Exception) -> bytes:
+        if isinstance(blob, OSError):
+            raise blob
+        if isinstance(blob, Exception):  # clients of object stores raise what they like
+            raise OSError(f"{type(blob).__name__}: {blob}") from blob
+        start, stop = wanted
+        if len(blob) > stop - start:
+            raise OSError(_NO_RANGES)
+        if len(blob) < stop - start:
+            raise retries.CutOffError(
+                f"{len(blob)} of the {stop - start} bytes from {start} on came: the transfer was cut off, or the file "
+                "was replaced while it was read"
             )
-        except OSError:
-            raise
-        except Exception as error:  # clients of object stores raise what they like
-            raise OSError(f"{type(error).__name__}: {error}") from error
-        for (start, stop), blob in zip(wanted, blobs, strict=True):
-            if len(blob) > stop - start:
-                raise OSError("the server ignores byte ranges: copy the file to a local disk first")
-        got = iter(blobs)
-        return [bytes(next(got)) if start < stop else b"" for start, stop in ranges]
+        return bytes(blob)
 
     def close(self) -> None:
         """Do nothing: no connection is kept."""
+
+
+def _serves_ranges(fs: Any, url: str) -> bool:
+    """Ask a web server for one byte, and tell whether it answers with just that."""
+
+    async def ask() -> bool:
+        session = await fs.set_session()
+        headers = {**fs.kwargs.get("headers", {}), "Range": "bytes=0-0"}
+        async with session.get(fs.encode_url(url), **{**fs.kwargs, "headers": headers}) as response:
+            response.raise_for_status()
+            return bool(response.status == 206)
+
+    return bool(sync(fs.loop, ask))
 
 
 class FileSource(ByteSource):
@@ -148,6 +194,69 @@ class FileSource(ByteSource):
 
     def close(self) -> None:
         """Leave the file object open."""
+
+
+class SourceFile(io.RawIOBase):
+    """A source as a binary file object, which reads the ranges asked for and nothing ahead.
+
+    fsspec's own files of remote file systems read megabytes ahead, which a reader of few columns does not want.
+    """
+
+    def __init__(self, source: ByteSource) -> None:
+        self._source = source
+        self._position = 0
+
+    def readable(self) -> bool:
+        """Tell that it can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """Tell that it can be read anywhere."""
+        return True
+
+    def tell(self) -> int:
+        """Return the position, in bytes."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to `offset` bytes from the start, the position or the end; return the new position."""
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._source.size}[whence]
+        self._position = max(0, origin + offset)
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Return the next `size` bytes, all that are left by default."""
+        left = max(0, self._source.size - self._position)
+        data = self._source.read_at(self._position, left if size is None or size < 0 else min(size, left))
+        self._position += len(data)
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer as far as the file goes; return the number of bytes."""
+        view = memoryview(buffer).cast("B")
+        data = self.read(len(view))
+        view[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        """Close the source too."""
+        if not self.closed:
+            self._source.close()
+        super().close()
+
+
+def open_file(url: Url, storage_options: StorageOptions = None) -> BinaryIO:
+    """Open a file for reading: a local one as ever, a remote one as a :class:`SourceFile`.
+
+    Raises
+    ------
+    OSError
+        If it cannot be opened.
+    """
+    fs, path = open_fs(url, storage_options)
+    if isinstance(fs, LocalFileSystem):
+        return open(path, "rb")
+    return cast(BinaryIO, SourceFile(RemoteSource(fs, path, os.fspath(url))))
 
 
 def open_source(file: Url | IO[bytes], storage_options: StorageOptions = None) -> ByteSource:

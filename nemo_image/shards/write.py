@@ -98,7 +98,7 @@ class TarWriter:
 
     def index(self) -> TarIndex:
         """Return the index of what has been written, as :func:`~nemo_image.shards.index.index_tar` would read it."""
-        return group_members(Contents(self._files, []), self._position)
+        return group_members(Contents(list(self._files), []), self._position)
 
     def _begin(self, name: str, size: int) -> Member:
         if self._is_closed:

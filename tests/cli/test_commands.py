@@ -172,3 +172,38 @@ def test_as_a_module() -> None:
 
     done = subprocess.run([sys.executable, "-m", "nemo_image", "--version"], capture_output=True, text=True, check=True)
     assert "0.1.0" in done.stdout
+
+
+def test_curate_in_parts_makes_what_one_run_makes(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "in", {"a": 3, "b": 2, "c": 4})
+    options = ("--keep", "seed > 1", "--samples-per-shard", 3)
+    whole = result_of(curate(tmp_path / "in", tmp_path / "whole", *options))
+    first = result_of(curate(tmp_path / "in", tmp_path / "out", *options, "--part", "2/2"))
+    assert (first["shards_in"], first["shards_left"], first["shards_left_first"]) == (1, 2, "a, c")
+    assert not list((tmp_path / "out").glob("*.tar"))
+    last = result_of(curate(tmp_path / "in", tmp_path / "out", *options, "--part", "1/2"))
+    assert (last["rows_out"], last["shards_out"]) == (whole["rows_out"], whole["shards_out"]) == (7, 3)
+    for folder in ("", "_nemo_image/enriched"):
+        names = sorted(path.name for path in (tmp_path / "whole" / folder).iterdir() if path.suffix)
+        assert names == sorted(path.name for path in (tmp_path / "out" / folder).iterdir() if path.suffix)
+        for name in names:
+            assert (tmp_path / "whole" / folder / name).read_bytes() == (tmp_path / "out" / folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "1/0"])
+def test_no_such_part(tmp_path: Path, part: str) -> None:
+    done = curate(tmp_path, tmp_path / "out", "--part", part)
+    assert done.exit_code == 2
+    assert "no share of the shards" in done.output
+
+
+def test_curate_tries_again_what_failed(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "in", {"a": 3, "b": 2})
+    tar = (tmp_path / "in/b.tar").read_bytes()
+    (tmp_path / "in/b.tar").write_bytes(tar[:1000])
+    failed = curate(tmp_path / "in", tmp_path / "out")
+    assert failed.exit_code == 1
+    assert "1 of 2 shards failed" in failed.output
+    (tmp_path / "in/b.tar").write_bytes(tar)
+    found = result_of(curate(tmp_path / "in", tmp_path / "out", "--retry-failed"))
+    assert (found["rows_in"], found["rows_out"]) == (5, 5)

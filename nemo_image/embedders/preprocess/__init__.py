@@ -15,11 +15,15 @@ DaliPreprocessor            DALI, CPU or GPU (JPEG; else torchvision's)  at most
 from nemo_image.embedders.preprocess.batch import PreprocessedBatch, Preprocessor, normalize
 from nemo_image.embedders.preprocess.choose import PreprocessDecoder, make_preprocessor
 from nemo_image.embedders.preprocess.convert import spec_from_transform
+from nemo_image.embedders.preprocess.isolated import GuardedPreprocessor, IsolatedPreprocessor
 from nemo_image.embedders.preprocess.pillow_path import PillowPreprocessor
+from nemo_image.embedders.preprocess.server import start_ahead
 from nemo_image.embedders.preprocess.spec import PreprocessSpec, ResizePlan
 from nemo_image.embedders.preprocess.torchvision_path import TorchvisionPreprocessor
 
 __all__ = [
+    "GuardedPreprocessor",
+    "IsolatedPreprocessor",
     "PillowPreprocessor",
     "PreprocessDecoder",
     "PreprocessSpec",
@@ -30,4 +34,5 @@ __all__ = [
     "make_preprocessor",
     "normalize",
     "spec_from_transform",
+    "start_ahead",
 ]

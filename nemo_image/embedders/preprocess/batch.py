@@ -1,19 +1,15 @@
-"""What every preprocessing path gives, and the threads that they share."""
+"""What every preprocessing path gives."""
 
 from __future__ import annotations
 
-import os
-import threading
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from nemo_image.embedders.preprocess.pool import for_each_row
 from nemo_image.embedders.preprocess.spec import PreprocessSpec, ResizePlan
-from nemo_image.engine.threads import set_own_torch_threads
 from nemo_image.errors import ImageError
 from nemo_image.shards.decode import ImageHeader
 
@@ -113,6 +109,11 @@ def preprocess_each(
     -------
     list of ImageHeader or ImageError
         What it returned or raised, in the blobs' order.
+
+    Raises
+    ------
+    DecoderStalledError
+        If a picture takes longer than its time limit.
     """
     outcomes: list[ImageHeader | ImageError] = [ImageError("missing", "the sample has no picture")] * len(blobs)
 
@@ -124,7 +125,7 @@ def preprocess_each(
             except ImageError as error:
                 outcomes[row] = error.with_traceback(None)  # its frames would keep the picture alive
 
-    _for_each_row(one, len(blobs), num_threads)
+    for_each_row(one, len(blobs), num_threads)
     return outcomes
 
 
@@ -143,36 +144,3 @@ def collect(
         heights=[outcome.height if isinstance(outcome, ImageHeader) else None for outcome in outcomes],
         normalized=normalized,
     )
-
-
-# ---------------------------------------------------------------------------------------------------------- threads
-
-_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
-_pools_lock = threading.Lock()
-
-
-def _pool(num_threads: int) -> ThreadPoolExecutor:
-    """Return the process's pool of that many threads: one for all preprocessors, and a new one after a fork."""
-    key = (os.getpid(), num_threads)
-    with _pools_lock:
-        if key not in _pools:
-            # The threads are the parallelism: inside each of them torch works alone.
-            _pools[key] = ThreadPoolExecutor(
-                num_threads, "nemo-image-decode", initializer=set_own_torch_threads, initargs=(1,)
-            )
-        return _pools[key]
-
-
-def _for_each_row(one: Callable[[int], None], count: int, num_threads: int) -> None:
-    waiting = deque(range(count))  # threads take rows as they get free: pictures differ in size
-
-    def take() -> None:
-        while True:
-            try:
-                row = waiting.popleft()
-            except IndexError:
-                return
-            one(row)
-
-    for future in [_pool(num_threads).submit(take) for _ in range(min(num_threads, count))]:
-        future.result()
