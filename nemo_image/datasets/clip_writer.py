@@ -138,6 +138,7 @@ class WriteClipShard:
     def _remove(self, number: str) -> None:
         """Remove what an earlier, unfinished call wrote for a shard that has nothing to write now."""
         for kind in (METADATA, *self.kinds):
-            fs, path = files.open_fs(file_url(self.root, kind, number), self.source.storage_options)
-            if fs.exists(path):
+            url = file_url(self.root, kind, number)
+            if files.exists(url, self.source.storage_options):
+                fs, path = files.open_fs(url, self.source.storage_options)
                 fs.rm_file(path)

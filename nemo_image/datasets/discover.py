@@ -72,16 +72,30 @@ def is_pattern(path: str) -> bool:
 
 
 def _from_folder(root: str, storage_options: StorageOptions) -> Found:
-    fs, inside = files.open_fs(root, storage_options)
-    if not fs.exists(inside):
-        raise DatasetError(f"{root}: no such folder")
-    if not fs.isdir(inside):
-        raise DatasetError(f"{root} is a file that does not end in .tar: give a folder of tars, or tar files by name")
+    is_web = root.startswith(("http://", "https://"))
+    try:
+        if not files.exists(root, storage_options):
+            raise DatasetError(f"{root}: no such folder")
+        if not files.is_folder(root, storage_options) and not is_web:
+            raise DatasetError(
+                f"{root} is a file that does not end in .tar: give a folder of tars, or tar files by name"
+            )
+    except PermissionError as error:
+        if not is_web:
+            raise
+        raise DatasetError(_no_listing(root)) from error
     tars = {name.removesuffix(".tar") for name in files.list_files(root, ".tar", storage_options)}
     parquets = {name.removesuffix(".parquet") for name in files.list_files(root, ".parquet", storage_options)}
     if not tars:
-        raise DatasetError(_no_tars(root, parquets, storage_options))
+        raise DatasetError(_no_listing(root) if is_web and not parquets else _no_tars(root, parquets, storage_options))
     return Found(root, sorted(tars), sorted(tars - parquets), sorted(parquets - tars))
+
+
+def _no_listing(root: str) -> str:
+    return (
+        f"{root}: the web server lists no tars there: name them, as {root}/{{00000..00099}}.tar, or as a list "
+        "(if no tar has a Parquet file beside it, the metadata is built from the tars)"
+    )
 
 
 def _no_tars(root: str, parquets: set[str], storage_options: StorageOptions) -> str:
@@ -107,17 +121,12 @@ def _expand(pattern: str, storage_options: StorageOptions) -> list[str]:
     tars: list[str] = []
     for name in names:
         if any(char in name for char in "*?["):
-            fs, inside = files.open_fs(name, storage_options)
-            tars += [_with_protocol(fs, name, one) for one in sorted(fs.glob(inside)) if one.endswith(".tar")]
+            tars += [one for one in files.glob(name, storage_options) if one.endswith(".tar")]
         else:
             tars.append(name)
     if not tars:
         raise DatasetError(f"no .tar file matches {pattern!r}")
     return tars
-
-
-def _with_protocol(fs: Any, pattern: str, path: str) -> str:
-    return str(fs.unstrip_protocol(path)) if "://" in pattern else path
 
 
 def _from_tars(tars: Sequence[str], said: str, storage_options: StorageOptions) -> Found:

@@ -230,10 +230,9 @@ def _check_arguments(state: DatasetState, target: str, options: ExportOptions) -
 def _require_free(target: str, before: Mapping[str, Any] | None, options: Mapping[str, Any]) -> None:
     if before is not None:
         return
-    fs, path = files.open_fs(target, options)
-    if not fs.exists(path):
+    if not files.exists(target, options):
         return
-    if not fs.isdir(path):
+    if not files.is_folder(target, options):
         raise DatasetError(f"{target} is a file: give a folder for the new dataset")
     there = [name for suffix in (".tar", ".parquet") for name in files.list_files(target, suffix, options)]
     if there:
@@ -317,9 +316,8 @@ def _output_schema(state: DatasetState, old_id_col: str | None, keep_ids: bool) 
 
 
 def _read_manifest(target: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
-    fs, path = files.open_fs(files.join(target, FOLDER, MANIFEST), options)
     try:
-        return dict(json.loads(fs.cat_file(path)))
+        return dict(json.loads(files.read_bytes(files.join(target, FOLDER, MANIFEST), options)))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:

@@ -20,6 +20,7 @@ from nemo_image.engine.run import current_client, run_tasks
 from nemo_image.errors import ShardError
 from nemo_image.shards import files, parquet
 from nemo_image.shards.read import ShardReader
+from nemo_image.shards.sources import open_file
 
 SHARDS_A_TASK = 500
 REMOTE_THREADS = 16
@@ -147,9 +148,9 @@ class _FindBigIntegers:
         return found
 
     def _big(self, shard: str) -> set[str]:
-        fs, path = files.open_fs(files.join(self.root, shard + ".parquet"), self.source.storage_options)
+        url = files.join(self.root, shard + ".parquet")
         try:
-            with fs.open(path, "rb") as raw, pq.ParquetFile(raw) as file:
+            with open_file(url, self.source.storage_options) as raw, pq.ParquetFile(raw) as file:
                 groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
         except (OSError, pa.ArrowException):
             return set()

@@ -293,5 +293,4 @@ def _encodable(value: Any) -> Any:
 
 
 def _exists(url: str, storage_options: Mapping[str, Any]) -> bool:
-    fs, path = files.open_fs(url, storage_options)
-    return bool(fs.exists(path))
+    return files.exists(url, storage_options)

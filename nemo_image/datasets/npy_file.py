@@ -13,6 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from nemo_image.errors import EmbeddingError
 from nemo_image.shards import files
+from nemo_image.shards.sources import open_file, open_source
 
 
 class Header(NamedTuple):
@@ -33,9 +34,8 @@ def read_header(url: str, storage_options: Mapping[str, Any]) -> Header:
     EmbeddingError
         If it is not one, or is cut short.
     """
-    fs, path = files.open_fs(url, storage_options)
     parsers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    with fs.open(path, "rb") as file:
+    with open_file(url, storage_options) as file:
         try:
             shape, fortran_order, dtype = parsers[np.lib.format.read_magic(file)](file)
         except (ValueError, KeyError, EOFError) as error:
@@ -63,11 +63,11 @@ def read_rows(url: str, rows: npt.NDArray[np.int64], storage_options: Mapping[st
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)[rows])
     header = read_header(url, storage_options)
     if header.fortran_order:
-        return np.asarray(np.load(io.BytesIO(fs.cat_file(path)), allow_pickle=False)[rows])
+        return np.asarray(np.load(io.BytesIO(files.read_bytes(url, storage_options)), allow_pickle=False)[rows])
     unique, place = np.unique(rows, return_inverse=True)
     runs = np.split(unique, np.flatnonzero(np.diff(unique) > 1) + 1)
     width = header.size * np.dtype(header.dtype).itemsize
-    starts = [header.offset + int(run[0]) * width for run in runs]
-    ends = [header.offset + int(run[-1] + 1) * width for run in runs]
-    parts = fs.cat_ranges([path] * len(runs), starts, ends, on_error="raise")
+    with open_source(url, storage_options) as source:
+        bounds = [(header.offset + int(run[0]) * width, header.offset + int(run[-1] + 1) * width) for run in runs]
+        parts = source.read_ranges(bounds)
     return np.frombuffer(b"".join(parts), header.dtype).reshape(-1, header.size)[place]

@@ -265,9 +265,8 @@ _TEMPORAL: dict[Callable[[pa.DataType], bool], Callable[[pa.DataType, pa.DataTyp
 
 def read_manifest(root: str, storage_options: Mapping[str, Any]) -> dict[str, Any]:
     """Read what ``_nemo_image/dataset.json`` says of a folder; empty where there is none."""
-    fs, path = files.open_fs(files.join(root, FOLDER, MANIFEST), storage_options)
     try:
-        return dict(json.loads(fs.cat_file(path)))
+        return dict(json.loads(files.read_bytes(files.join(root, FOLDER, MANIFEST), storage_options)))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return {}
     except ValueError as error:

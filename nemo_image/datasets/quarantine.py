@@ -71,8 +71,8 @@ class Quarantine:
         """Write the file of a shard whose metadata is finished, or remove it if all its images are good."""
         url, options = self.url(shard), self.source.storage_options
         if not count_bad(failures):
-            fs, path = files.open_fs(url, options)
-            if fs.exists(path):
+            if files.exists(url, options):
+                fs, path = files.open_fs(url, options)
                 fs.rm_file(path)
             return
         with ExitStack() as stack:
@@ -121,8 +121,7 @@ def read_quarantine(source: DatasetSource, shards: Sequence[str]) -> pd.DataFram
     tables = []
     for shard in shards:
         url = quarantine.url(shard)
-        fs, path = files.open_fs(url, source.storage_options)
-        if fs.exists(path):
+        if files.exists(url, source.storage_options):
             tables.append(parquet.read_table(url, None, source.storage_options))
     if not tables:
         names = [schema.SHARD, source.id_col, schema.IMAGE_ERROR, MEMBER, OFFSET, SIZE]

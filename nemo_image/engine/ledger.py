@@ -7,6 +7,7 @@ counted apart (source file, user's frame, written file), so that the equation ca
 from __future__ import annotations
 
 import datetime
+import io
 import json
 import logging
 import re
@@ -18,13 +19,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 
 from nemo_image import schema
 from nemo_image.errors import DatasetError, NemoImageError, one_line
 from nemo_image.shards import files
+from nemo_image.shards.sources import open_file
 
 logger = logging.getLogger("nemo_image")
 
@@ -296,9 +298,8 @@ class Ledger:
         DatasetError
             If the file is cut off or garbled; after what could be read.
         """
-        fs, path = files.open_fs(self.url, self.storage_options)
         last: ShardRecord | dict[str, Any] | None = None
-        with fs.open(path, "rb") as file:
+        with open_file(self.url, self.storage_options) as raw, io.BufferedReader(cast(io.RawIOBase, raw)) as file:
             for number, text in enumerate(file, 1):
                 try:
                     last = _parsed(text)

@@ -75,9 +75,9 @@ def is_written(settings: ExportSettings, shard: str) -> parquet.FileSummary | No
     summary = parquet.summary_or_none(files.join(settings.root, shard + ".parquet"), settings.storage_options)
     if summary is None or summary.footer is None or summary.footer.plan != settings.token:
         return None
-    fs, path = files.open_fs(files.join(settings.root, shard + ".tar"), settings.storage_options)
+    tar_url = files.join(settings.root, shard + ".tar")
     # The Parquet file is written last: where it is, the tar is whole.
-    return summary if fs.exists(path) else None
+    return summary if files.exists(tar_url, settings.storage_options) else None
 
 
 def write_output(

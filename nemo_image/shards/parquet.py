@@ -20,7 +20,8 @@ import xxhash
 
 from nemo_image import schema
 from nemo_image.errors import MetadataFileError, MissingColumnError
-from nemo_image.shards import files
+from nemo_image.shards import files, retries
+from nemo_image.shards.sources import open_file
 
 VERSION = 1
 ROW_GROUP_ROWS = 10_000
@@ -101,12 +102,13 @@ def read_summary(url: str, storage_options: StorageOptions = None) -> FileSummar
 
 def summary_or_none(url: str, storage_options: StorageOptions = None) -> FileSummary | None:
     """Read a file's footer; None where there is no such file, or none that can be read."""
-    fs, path = files.open_fs(url, storage_options)
-    if not fs.exists(path):
-        return None
     try:
+        if not files.exists(url, storage_options):
+            return None
         return read_summary(url, storage_options)
-    except MetadataFileError:
+    except MetadataFileError as error:
+        if isinstance(error.__cause__, retries.GaveUpError):
+            raise  # it may be good: taken for missing, what it holds would be lost
         return None
 
 
@@ -263,9 +265,8 @@ def open_parquet(url: str, storage_options: StorageOptions = None, buffer_size: 
     MetadataFileError
         If the file is missing or is no Parquet.
     """
-    fs, path = files.open_fs(url, storage_options)
     with reading(url):
-        raw = fs.open(path, "rb")
+        raw = open_file(url, storage_options)
         try:
             return pq.ParquetFile(raw, buffer_size=buffer_size, pre_buffer=False)
         except BaseException:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import gc
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +22,8 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.spec import AbstractBufferedFile
 
 from nemo_image.errors import ArgumentError
-from nemo_image.shards import files
+from nemo_image.shards import atomic, files, retries
+from nemo_image.shards.machine import machine_id
 
 
 class ObjectStore(AsyncFileSystem):
@@ -42,6 +47,13 @@ class ObjectStore(AsyncFileSystem):
         if not found:
             raise FileNotFoundError(path)
         return found if detail else [info["name"] for info in found]
+
+    async def _pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        self.requests.append("put")
+        self.objects[self._strip_protocol(path)] = value
+
+    async def _rm_file(self, path: str, **kwargs: Any) -> None:
+        del self.objects[self._strip_protocol(path)]
 
     async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
         return self.objects[self._strip_protocol(path)][start:end]
@@ -73,7 +85,8 @@ class Upload(AbstractBufferedFile):
 
 
 @pytest.fixture(autouse=True)
-def _fresh_stores() -> Iterator[None]:
+def _fresh_stores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(atomic, "ONE_REQUEST", 4)  # bytes: nearly all files here are large
     fsspec.register_implementation("teststore", ObjectStore, clobber=True)
     ObjectStore.objects.clear()
     ObjectStore.requests.clear()
@@ -134,7 +147,7 @@ def test_open_fs_passes_storage_options() -> None:
 
 
 def test_list_files(root: str) -> None:
-    for name in ("00010.tar", "00009.tar", "a.parquet", ".hidden.tar", f"{files.TEMPORARY_PREFIX}{'0' * 32}-b.tar"):
+    for name in ("00010.tar", "00009.tar", "a.parquet", ".hidden.tar", f"{atomic.TEMPORARY_PREFIX}{'0' * 32}-b.tar"):
         with files.atomic_writer(files.join(root, name)) as file:
             file.write(b"x")
     with files.atomic_writer(files.join(root, "deeper", "c.tar")) as file:
@@ -255,6 +268,242 @@ def test_a_full_disk_leaves_the_target_alone(tmp_path: Path, monkeypatch: pytest
     assert _names(str(tmp_path)) == {"x"}
 
 
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("no right to mount a small file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("buffered", [False, True])
+def test_a_disk_that_runs_full(tiny_disk: Path, buffered: bool) -> None:
+    """While it is written, and when the last buffer is flushed."""
+    path = tiny_disk / "x.parquet"
+    path.write_bytes(b"before")
+    (tiny_disk / "ballast").write_bytes(bytes(56 * 1024))
+    size = 5_000 if buffered else 50_000  # the file's buffer holds 8 KiB
+    with pytest.raises(OSError, match="No space left") as caught, files.atomic_writer(path) as file:
+        file.write(bytes(size))
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(path)
+    assert "make room there, then run again" in str(caught.value)
+    assert ".nemo-image-tmp" not in str(caught.value)
+    assert path.read_bytes() == b"before"
+    assert _names(str(tiny_disk)) == {"x.parquet", "ballast"}
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "advice"),
+    [
+        (errno.EROFS, OSError, "give a folder that can be written to"),
+        (errno.EACCES, PermissionError, "give a folder that you may write to"),
+        (errno.EDQUOT, OSError, "make room within the quota"),
+        (errno.EIO, OSError, r"cannot be written \(Input/output error\)"),
+    ],
+)
+@pytest.mark.parametrize("call", ["makedirs", "open", "fsync", "replace"])
+def test_a_folder_that_cannot_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int, kind: type[OSError], advice: str
+) -> None:
+    path = tmp_path / "deep" / "x"
+    path.parent.mkdir()
+    path.write_bytes(b"before")
+
+    def refuse(name: Any, *args: Any, **kwargs: Any) -> None:
+        raise OSError(code, os.strerror(code), str(name))
+
+    if call == "open":
+        monkeypatch.setattr(atomic, "open", refuse, raising=False)
+    elif call == "fsync":
+        monkeypatch.setattr(atomic, "_sync", refuse)
+    else:
+        monkeypatch.setattr(os, call, refuse)
+    with pytest.raises(kind, match=advice) as caught, files.atomic_writer(path) as file:
+        file.write(b"after")
+    monkeypatch.undo()
+    assert caught.value.filename == str(path)
+    assert path.read_bytes() == b"before"
+    assert _names(str(path.parent)) == {"x"}
+
+
+def test_a_file_in_the_way_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").write_bytes(b"")
+    with (
+        pytest.raises(OSError, match="a part of the path is a file") as caught,
+        files.atomic_writer(tmp_path / "out" / "deep" / "x"),
+    ):
+        pass
+    assert caught.value.filename == str(tmp_path / "out" / "deep" / "x")
+
+
+def test_other_files_errors_are_not_the_targets(tmp_path: Path) -> None:
+    """What is copied may be missing, or on a disk that fails."""
+    with pytest.raises(FileNotFoundError) as caught, files.atomic_writer(tmp_path / "x"):
+        (tmp_path / "source").read_bytes()
+    assert caught.value.filename == str(tmp_path / "source")
+    error = OSError(errno.EIO, "Input/output error")
+    with pytest.raises(OSError, match="Input/output error") as other, files.atomic_writer(tmp_path / "x"):
+        raise error
+    assert other.value is error
+    assert os.listdir(tmp_path) == []
+
+
+# Uploads --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_upload_that_lost_bytes_is_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Upload._upload_chunk
+
+    def lose(self: Upload, final: bool = False) -> bool:
+        done = real(self, final)
+        if final:
+            ObjectStore.objects[self.path] = ObjectStore.objects[self.path][:-1]
+        return done
+
+    monkeypatch.setattr(Upload, "_upload_chunk", lose)
+    monkeypatch.setenv("NEMO_IMAGE_RETRY_WAIT_S", "0")
+    with pytest.raises(OSError, match=r"teststore://b/x.tar: .*10 bytes were written, but the store has 9") as caught:  # noqa: SIM117
+        with files.atomic_writer("teststore://b/x.tar") as file:
+            file.write(b"0123456789")
+    assert ObjectStore.objects == {}
+    assert retries.is_transient(caught.value) is False  # the question was asked again; the writing can be, as a whole
+
+
+def test_an_upload_that_is_not_there_is_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Upload, "_upload_chunk", lambda self, final=False: True)
+    with pytest.raises(OSError, match="was written, but the store does not have it") as caught:  # noqa: SIM117
+        with files.atomic_writer("teststore://b/x.tar") as file:
+            file.write(b"0123456789")
+    assert not isinstance(caught.value, FileNotFoundError)  # it would read as a missing shard
+
+
+def test_what_an_upload_fails_with_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Upload, final: bool = False) -> bool:
+        raise PermissionError("Access Denied") if final else FileNotFoundError("The specified upload does not exist")
+
+    monkeypatch.setattr(Upload, "_upload_chunk", refuse)
+    with pytest.raises(PermissionError, match=r"teststore://b/x: the upload failed .*Access Denied"):  # noqa: SIM117
+        with files.atomic_writer("teststore://b/x") as file:
+            file.write(b"012345")
+    with pytest.raises(OSError, match=r"teststore://b/x: the upload failed .*upload does not exist") as caught:  # noqa: SIM117
+        with files.atomic_writer("teststore://b/x") as file:
+            file.write(b"more than a part of it")
+    assert not isinstance(caught.value, FileNotFoundError)
+    assert ObjectStore.requests[-1] == "abort"
+
+
+def test_a_small_file_is_one_request_and_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEMO_IMAGE_RETRY_WAIT_S", "0")
+    real, failing = ObjectStore._pipe_file, [TimeoutError(), OSError(errno.EBUSY, "SlowDown")]
+
+    async def pipe_file(self: ObjectStore, path: str, value: bytes, **kwargs: Any) -> None:
+        if failing:
+            raise failing.pop()
+        await real(self, path, value)
+
+    monkeypatch.setattr(ObjectStore, "_pipe_file", pipe_file)
+    with files.atomic_writer("teststore://b/x") as file:
+        file.write(b"01")
+        file.write(b"23")
+    assert (ObjectStore.objects, ObjectStore.requests) == ({"b/x": b"0123"}, ["put"])
+    with files.atomic_writer("teststore://b/y") as file:
+        file.write(b"01")
+        file.write(b"234")
+    assert ObjectStore.objects["b/y"] == b"01234"
+    assert ObjectStore.requests == ["put", "begin", "complete"]
+
+
+def test_a_storage_that_can_only_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(ObjectStore, "_open", refuse)
+    with pytest.raises(OSError, match="teststore://b/x: this storage can only be read: give another output folder"):  # noqa: SIM117
+        with files.atomic_writer("teststore://b/x") as file:
+            file.write(b"012345")
+
+
+def test_a_consumer_may_close_an_upload() -> None:
+    """It appears at the end of the block all the same: what comes after may fail."""
+    with files.atomic_writer("teststore://b/x") as file:
+        file.write(memoryview(b"0123456789"))
+        file.close()
+        assert ObjectStore.objects == {}
+    assert ObjectStore.objects == {"b/x": b"0123456789"}
+
+
+# Asking a storage that fails for a moment -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shaky(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
+    """What the store raises next, before it answers."""
+    errors: list[Exception] = []
+    monkeypatch.setenv("NEMO_IMAGE_RETRY_WAIT_S", "0")
+    for name in ("_info", "_ls"):
+        real = getattr(ObjectStore, name)
+
+        async def ask(self: ObjectStore, path: str, *args: Any, real: Any = real, **kwargs: Any) -> Any:
+            if errors:
+                raise errors.pop()
+            return await real(self, path, *args, **kwargs)
+
+        monkeypatch.setattr(ObjectStore, name, ask)
+    return errors
+
+
+def test_questions_are_asked_again(shaky: list[Exception]) -> None:
+    with files.atomic_writer("teststore://b/x.tar") as file:
+        file.write(b"1")
+        shaky[:] = [TimeoutError()] * 2  # and the question whether all has arrived
+    assert not shaky
+    for ask in (
+        lambda: files.list_files("teststore://b", ".tar") == ["x.tar"],
+        lambda: files.identify("teststore://b/x.tar").size == 1,
+        lambda: files.exists("teststore://b/x.tar"),
+        lambda: not files.exists("teststore://b/y.tar"),
+    ):
+        shaky[:] = [OSError(errno.EBUSY, "Please reduce your request rate.")] * 4
+        assert ask()
+        assert not shaky
+        shaky[:] = [TimeoutError()] * 5
+        with pytest.raises(OSError, match=r"teststore://b.*5 tries"):
+            ask()
+
+
+def test_exists(root: str) -> None:
+    with files.atomic_writer(files.join(root, "x.tar")) as file:
+        file.write(b"1")
+    assert files.exists(files.join(root, "x.tar"))
+    assert not files.exists(files.join(root, "y.tar"))
+    assert not files.exists(files.join(root, "x.tar/y")) or "://" in root
+
+
+def test_listings_are_not_remembered() -> None:
+    """Another process may have written since."""
+
+    class Remembering(ObjectStore):
+        protocol = "remembering"
+        cachable = True
+
+        async def _ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
+            path = self._strip_protocol(path)
+            found = self.dircache[path] if path in self.dircache else await super()._ls(path, True, **kwargs)
+            self.dircache[path] = found
+            return list(found)
+
+    fsspec.register_implementation("remembering", Remembering, clobber=True)
+    ObjectStore.objects["b/x"] = b""
+    assert files.list_files("remembering://b", "") == ["x"]
+    ObjectStore.objects["b/y"] = b""
+    assert files.list_files("remembering://b", "") == ["x", "y"]
+
+
 def test_the_file_and_its_folder_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events = []
     fsync, replace = os.fsync, os.replace
@@ -332,10 +581,19 @@ def test_a_file_still_being_written_is_not_swept(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_bytes() == b"1"
 
 
+def _leftover(machine: str | None = None, pid: int | None = None) -> str:
+    """Return the name of a temporary file of a process that has ended, or of the one given."""
+    if pid is None:
+        with subprocess.Popen([sys.executable, "-c", ""]) as process:
+            process.wait()
+        pid = process.pid
+    return f"{atomic.TEMPORARY_PREFIX}{machine or machine_id()}{pid:08x}01234567-x.tar"
+
+
 @pytest.mark.parametrize("kind", ["local", "memory"])
 def test_only_our_own_leftovers_are_swept(kind: str, tmp_path: Path) -> None:
     root = str(tmp_path / "dataset") if kind == "local" else "memory://bucket/dataset"
-    ours = f"{files.TEMPORARY_PREFIX}{uuid.uuid4().hex}-x.tar"
+    ours = _leftover()
     others = {"x.tar", ".nemo-image-tmp-", ".nemo-image-tmp-notes", f"{uuid.uuid4().hex}-x.tar", ours[1:]}
     fs, path = files.open_fs(root)
     fs.makedirs(path)
@@ -345,8 +603,52 @@ def test_only_our_own_leftovers_are_swept(kind: str, tmp_path: Path) -> None:
     assert _names(root) == others
 
 
+def test_folders_below_are_swept_too(tmp_path: Path) -> None:
+    name = _leftover()
+    for folder in ("a/b", "_nemo_image", "c"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / name).touch()
+    found = files.sweep_temporaries(tmp_path, folders=("", "a/b", "_nemo_image", "none"))
+    assert found == [f"a/b/{name}", f"_nemo_image/{name}"]
+    assert [path.parent.name for path in tmp_path.rglob(name)] == ["c"]
+    with pytest.raises(ArgumentError, match="leads out"):
+        files.sweep_temporaries(tmp_path, folders=["../c"])
+
+
+def test_where_there_are_no_locks_the_writer_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A living process of this machine, one of another machine, which may be alive, and the same an hour later."""
+    fs, path = files.open_fs("memory://bucket/dataset")
+    alive, foreign = _leftover(pid=os.getpid()), _leftover(machine="0" * 16)
+    for name in (alive, foreign):
+        fs.pipe_file(f"{path}/{name}", b"x")
+    assert files.sweep_temporaries("memory://bucket/dataset") == []
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3601)
+    assert files.sweep_temporaries("memory://bucket/dataset") == [foreign]
+    assert _names("memory://bucket/dataset") == {alive}
+
+
+def test_object_stores_are_not_listed_for_leftovers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder may hold 100,000 objects, and no unfinished one is ever seen there."""
+    monkeypatch.setattr(ObjectStore, "_ls", None)
+    assert files.sweep_temporaries("teststore://bucket/dataset", folders=("", "a")) == []
+
+
+def test_a_local_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: Any, kind: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    dead = _leftover()
+    (tmp_path / dead).touch()
+    with files.atomic_writer(tmp_path / "x") as file:
+        file.write(b"1")
+        assert files.sweep_temporaries(tmp_path) == [dead]
+    assert (tmp_path / "x").read_bytes() == b"1"
+
+
 def test_young_leftovers_can_be_spared(tmp_path: Path) -> None:
-    old, young = (tmp_path / f"{files.TEMPORARY_PREFIX}{digit * 32}-x" for digit in "01")
+    old, young = (tmp_path / f"{atomic.TEMPORARY_PREFIX}{digit * 32}-x" for digit in "01")
     for path in (old, young):
         path.write_bytes(b"")
     os.utime(old, (1_000_000_000, 1_000_000_000))
@@ -355,7 +657,7 @@ def test_young_leftovers_can_be_spared(tmp_path: Path) -> None:
 
 
 def test_a_folder_named_like_a_leftover_stays(tmp_path: Path) -> None:
-    (tmp_path / f"{files.TEMPORARY_PREFIX}{'0' * 32}-x").mkdir()
+    (tmp_path / f"{atomic.TEMPORARY_PREFIX}{'0' * 32}-x").mkdir()
     assert files.sweep_temporaries(tmp_path) == []
     assert len(os.listdir(tmp_path)) == 1
 

@@ -151,6 +151,30 @@ def test_an_index_can_be_pickled() -> None:
     assert pickle.loads(pickle.dumps(index)) == index
 
 
+@pytest.mark.parametrize("kind", ["gnu", "pax"])
+def test_keys_are_text_whatever_bytes_names_are_made_of(kind: str) -> None:
+    names = ["\udcff.jpg", "\udcfe.jpg", "d/ü\udcff.jpg", "\udcff.txt", "a.\udcff", "ü.jpg"]
+    index = indexed(make_tar([(name, b"1") for name in names], FORMATS[kind]))
+    assert index.keys == ["\\xff", "\\xfe", "d/ü\\xff", "a", "ü"]
+    assert sorted(name for name, _, _ in members_of(index)) == sorted(names)
+    assert index.repeated == ()
+
+
+def test_of_two_keys_with_one_text_the_first_counts() -> None:
+    index = indexed(make_tar([("\\xff.jpg", b"1"), ("\udcff.jpg", b"22")], tarfile.GNU_FORMAT))
+    assert [(sample.key, sample.members[0].size) for sample in index.samples] == [("\\xff", 1)]
+    assert index.repeated == ("\udcff.jpg",)
+
+
+def test_a_sample_may_have_any_number_of_members() -> None:
+    names = [f"a.{number}" for number in range(20_000)]
+    data = b"".join(header(name.encode(), size=b"0\0") for name in [*names, "a.19999", "a.3", "b.jpg"]) + END
+    first, second = indexed(data).samples
+    assert [member.name for member in first.members] == names
+    assert second.key == "b"
+    assert indexed(data).repeated == ("a.19999", "a.3")
+
+
 # --- every format
 
 
@@ -358,6 +382,14 @@ def test_a_header_cut_off_names_its_byte() -> None:
         indexed(data[:1000])
 
 
+def test_a_header_cut_off_in_its_zeros_is_seen_though_its_sum_is_right() -> None:
+    # The zeros at a header's end add nothing to its sum, and the sum was seen before: "ab" and "ba" have the same.
+    data = make_tar([("ab.jpg", b"1"), ("ba.jpg", b"1")])
+    for cut in range(1025, 1536):
+        with pytest.raises(TarError, match="byte 1024: a header needs bytes up to 1536, the file ends at"):
+            indexed(data[:cut])
+
+
 @pytest.mark.parametrize(
     "extended", [pax((b"path", b"p.jpg")), pax((b"comment", b"x")), header(size=b"1\0", kind=b"L") + block(b"a")]
 )
@@ -465,6 +497,9 @@ def test_every_changed_byte_of_a_header_is_seen() -> None:
         (header(size=b"%011o\0" % 9, kind=b"x") + block(b"-9 path=a\n") + header() + END, "byte 512: a pax record"),
         (header(size=b"%011o\0" % 9, kind=b"x") + block(b"0 path=a\n") + header() + END, "byte 512: a pax record"),
         (header(size=b"%011o\0" % 7, kind=b"x") + block(b"path=a\n") + header() + END, "byte 512: a pax record"),
+        (pax((b"path", b"a.jpg\0.exe")) + header() + block(b"12345") + END, "byte 512: a pax record"),
+        (header(size=b"%011o\0" % 10**7, kind=b"L") + block(b"n" * 10**7) + header() + END, "header of 10000000 bytes"),
+        (pax((b"path", b"n" * 10**7)) + header() + END, "an extended header of 10000015 bytes"),
         (header(kind=b"S") + block(b"12345") + END, "stored sparse.*--sparse"),
         (pax((b"GNU.sparse.major", b"1")) + header() + block(b"12345") + END, "stored sparse"),
     ],
@@ -501,6 +536,19 @@ def test_damage_never_leads_out_of_the_file(kind: str, edits: list[tuple[int, in
     for _, offset, size in members_of(index):
         assert 512 <= offset <= offset + size <= len(content)
         assert size >= 0
+
+
+def test_half_a_million_dots_before_a_name() -> None:
+    name = "./" * 500_000 + "d/a.jpg"
+    for kind in ("gnu", "pax"):
+        [sample] = indexed(make_tar([(name, b"1")] * 3, FORMATS[kind])).samples
+        assert (sample.key, sample.members[0].name) == ("d/a", name)
+
+
+def test_thousands_of_global_headers(caplog: pytest.LogCaptureFixture) -> None:
+    data = b"".join(pax((b"path", b"g%d.jpg" % number), kind=b"g") for number in range(5000))
+    data += header() + block(b"12345") + END
+    assert members_of(indexed(data)) == [("g4999.jpg", 5000 * 1024 + 512, 5)]
 
 
 def test_names_are_never_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,8 @@ class IsolatedPreprocessor:
     """Do what a preprocessor does, in a child process, and name the pictures that crash or hang it.
 
     A batch goes to one decoder. If that dies or hangs, each picture of the batch is decoded again in a process of its
-    own, and otherwise each that had an error: so a reason depends on the picture alone, not on its neighbours.
+    own. If it does not, each that had an error is decoded again by itself. So a reason depends on the picture alone,
+    not on its neighbours.
 
     Parameters
     ----------
@@ -79,13 +80,19 @@ class IsolatedPreprocessor:
             whole = self._outcome(blobs, self.seconds + SECONDS_MORE_IN_BATCH * len(blobs))
             if isinstance(whole, str):
                 _log.warning("%s in a batch of %d pictures: each of them is decoded again alone", whole, len(blobs))
-                suspects = list(range(len(blobs)))
-                parts = []
-            else:
-                suspects = [row for row, error in enumerate(whole.errors) if error and blobs[row] is not None]
-                parts = [(list(range(len(blobs))), whole)]
-            parts += [([row], self._alone(blobs[row])) for row in suspects]
-            return self._merged(len(blobs), parts) if suspects or not parts else parts[0][1]
+                return self._merged(len(blobs), [([row], self._alone(blob)) for row, blob in enumerate(blobs)])
+            suspects = [row for row, error in enumerate(whole.errors) if error and blobs[row] is not None]
+            if not suspects:
+                return whole
+            again = [([row], self._again(blobs[row])) for row in suspects]
+            return self._merged(len(blobs), [(list(range(len(blobs))), whole), *again])
+
+    def _again(self, blob: bytes | None) -> PreprocessedBatch:
+        """Decode a picture without those of its batch, which may have taken the memory that it needed."""
+        outcome = self._outcome([blob], self.seconds)
+        if isinstance(outcome, str) or str(outcome.errors[0]).startswith("memory:"):
+            return self._alone(blob)
+        return outcome
 
     def _alone(self, blob: bytes | None) -> PreprocessedBatch:
         """Decode one picture in a process of its own."""
