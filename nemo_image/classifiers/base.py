@@ -320,7 +320,8 @@ class ScorePartition:
         if len(rows):
             # torch warns of memory that it must not write to, such as Arrow's.
             vectors = torch.from_numpy(matrix if matrix.flags.writeable else matrix.copy())
-            with threads.torch_threads(threads.task_share()):
+            # Alone, so that the last bits do not depend on the machine.
+            with threads.torch_threads(1):
                 values = classifier.score(vectors, self.device)
         return _column(classifier, values, rows, frame.index).to_frame()
 

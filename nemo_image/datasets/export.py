@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from nemo_image.datasets.selection import Counted, CountItem, CountSelected, Sel
 from nemo_image.datasets.shard_pass import ShardPass
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.datasets.state import DatasetState
+from nemo_image.engine import ledger
 from nemo_image.engine.ledger import FOLDER, ShardRecord, accounted
 from nemo_image.engine.run_lock import run_lock
 from nemo_image.errors import ArgumentError, DatasetError
@@ -27,6 +29,7 @@ from nemo_image.export import plan, write
 from nemo_image.shards import files
 
 MANIFEST = "export.json"
+COUNT = "to_webdataset-count"
 
 
 @dataclass
@@ -144,7 +147,7 @@ def _export(state: DatasetState, target: str, options: ExportOptions) -> dict[st
     counting = _counting_tasks(state, options.filter_column)
     # What was counted window by window is found again in the same windows.
     tasks.row_by_row = counting.row_by_row = tasks.row_by_row and counting.row_by_row
-    counted = _count(state, source, options.filter_column, counting)
+    counted = _count(source, options.filter_column, counting, target)
     total = sum(record.selected for record in counted)
     if not total:
         raise DatasetError(f"no row has {options.filter_column!r} true and a sample in its tar: nothing to export")
@@ -265,14 +268,26 @@ def _counting_tasks(state: DatasetState, filter_column: str) -> ShardTasks:
     return tasks
 
 
-def _count(state: DatasetState, source: DatasetSource, filter_column: str, tasks: ShardTasks) -> list[Counted]:
-    items = (CountItem(shard, task) for shard, task in tasks)
+def _count(source: DatasetSource, filter_column: str, tasks: ShardTasks, target: str) -> list[Counted]:
+    """Count the shards, and say so in a ledger at once: a rerun then need not look into the tars again."""
+    earlier = _counted_before(target, source.storage_options)
+    items = (CountItem(shard, task, earlier.get(shard)) for shard, task in tasks)
     work = CountSelected(source, filter_column)
-    count = len(tasks.shards)
-    records = run_shards("to_webdataset-count", work, items, count, 0.0, source.metadata_root, source)
-    if any(record.status == "failed" for record in records):
-        finish(source.metadata_root, "to_webdataset-count", records, source.storage_options)
+    records = run_shards(COUNT, work, items, len(tasks.shards), 0.0, target, source)
+    finish(target, COUNT, records, source.storage_options)
     return sorted((record for record in records if isinstance(record, Counted)), key=lambda record: record.shard)
+
+
+def _counted_before(target: str, storage_options: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return what the last export into a folder counted, by shard."""
+    ledgers = [one for one in ledger.read_ledgers(target, storage_options) if one.kind == COUNT]
+    found = {}
+    for line in files.read_bytes(ledgers[-1].url, storage_options).splitlines() if ledgers else ():
+        with suppress(ValueError):  # cut off: what is missing is counted again
+            record = json.loads(line)
+            if record.get("digest") and record.get("status") != "failed":
+                found[str(record["shard"])] = record
+    return found
 
 
 def _outputs(

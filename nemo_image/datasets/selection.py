@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,20 @@ from nemo_image.shards.read import match_samples
 
 @dataclass
 class CountItem:
-    """A source shard to count: `rows` makes its frame of ids and the filter column."""
+    """A source shard to count.
+
+    Attributes
+    ----------
+    shard : str
+    rows : PartitionTask
+        Makes the frame of the ids, the filter column, and whatever else tells the rows apart.
+    earlier : dict or None
+        What an earlier run of the export counted.
+    """
 
     shard: str
     rows: PartitionTask
+    earlier: Mapping[str, Any] | None = None
 
 
 @dataclass(slots=True)
@@ -67,7 +78,13 @@ class CountSelected:
 
     def _count(self, item: CountItem, record: Counted) -> None:
         with ShardPass(self.source, item.shard) as under_way:
-            found = find_selected(under_way, item.rows, self.filter_column)
+            passing = _find_passing(under_way, item.rows, self.filter_column)
+            if item.earlier is not None and item.earlier.get("digest") == passing.digest:
+                before = Counted.from_dict({**item.earlier, "status": "skipped"})
+                for one in fields(before):
+                    setattr(record, one.name, getattr(before, one.name))
+                return
+            found = _match(under_way, passing)
         record.rows_in = found.rows_in
         # Rows that the user's own frame left out or joined before the export's filter.
         record.rows_joined = max(0, found.rows_seen - found.rows_in)
@@ -79,6 +96,17 @@ class CountSelected:
         record.rows_without_sample = Named.of(found.without_sample)
         record.repeated_members = Named.of(found.index.repeated)
         record.digest = found.digest
+
+
+@dataclass
+class _Passing:
+    """The rows of a shard that pass, by the metadata alone; the fields are those of `Selected`."""
+
+    rows: Any
+    row_ids: list[Any]
+    lengths: list[int]
+    ids: Any
+    digest: str
 
 
 @dataclass
@@ -128,6 +156,10 @@ def find_selected(under_way: ShardPass, rows: PartitionTask, filter_column: str)
     rows : PartitionTask
         Makes the frame of the id, the filter column, and whatever else the digest depends on.
     """
+    return _match(under_way, _find_passing(under_way, rows, filter_column))
+
+
+def _find_passing(under_way: ShardPass, rows: PartitionTask, filter_column: str) -> _Passing:
     source, shard = under_way.source, under_way.shard
     summary = parquet.summary_or_none(source.parquet_url(shard), source.storage_options)
     own_ids = None if summary is None else read_rows(source, shard, [source.id_col])[source.id_col].combine_chunks()
@@ -140,25 +172,31 @@ def find_selected(under_way: ShardPass, rows: PartitionTask, filter_column: str)
         passed.append(chosen)
         ids += frame[source.id_col].iloc[np.flatnonzero(chosen)].tolist()
         values.add(frame.iloc[np.flatnonzero(chosen)])
-    candidates = np.flatnonzero(np.concatenate(passed))
     require_unique(pa.array(ids, from_pandas=True), f"the rows to export of shard {shard}")
-    with open_tar(source, shard) as reader:
+    digest = xxhash.xxh3_128_hexdigest(_files_token(source, shard) + repr(values).encode("utf-8", "surrogatepass"))
+    return _Passing(np.flatnonzero(np.concatenate(passed)), ids, lengths, own_ids, digest)
+
+
+def _match(under_way: ShardPass, passing: _Passing) -> Selected:
+    """Find the samples of rows that pass."""
+    source, ids = under_way.source, passing.row_ids
+    with open_tar(source, under_way.shard) as reader:
         index = reader.index
         found = match_samples(reader, ids, source.id_col)
     has = found >= 0
     order = np.argsort([index.samples[place].offset for place in found[has]], kind="stable")
-    seen = sum(lengths)
+    seen = sum(passing.lengths)
     return Selected(
-        rows=candidates[has][order],
+        rows=passing.rows[has][order],
         places=found[has][order],
-        passed=len(candidates),
+        passed=len(ids),
         rows_seen=seen,
-        rows_in=seen if own_ids is None else len(own_ids),
-        lengths=lengths,
-        ids=own_ids,
+        rows_in=seen if passing.ids is None else len(passing.ids),
+        lengths=passing.lengths,
+        ids=passing.ids,
         without_sample=[ids[row] for row in np.flatnonzero(~has)],
         index=index,
-        digest=xxhash.xxh3_128_hexdigest(_files_token(source, shard) + repr(values).encode("utf-8", "surrogatepass")),
+        digest=passing.digest,
     )
 
 

@@ -57,11 +57,12 @@ class ShardPass:
 
     def __enter__(self) -> ShardPass:
         self._token = _current.set(self)
+        self._open.enter_context(parquet.remembering())
         return self
 
     def __exit__(self, *exc: object) -> None:
-        _current.reset(self._token)
         self._open.close()
+        _current.reset(self._token)
 
     def windows(self, ids: Any, in_windows: bool) -> Iterator[None]:
         """Move from window to window over the shard's rows; one for all if they are few, or not `in_windows`.

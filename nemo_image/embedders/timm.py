@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from nemo_image import schema
 from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.datasets.samples import samples_of_rows
+from nemo_image.datasets.shard_pass import open_tar
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.embedders import timm_models
 from nemo_image.embedders.autocast import candidate_dtype, probe_dtype
@@ -29,6 +31,7 @@ from nemo_image.embedders.preprocess import (
     start_ahead,
 )
 from nemo_image.engine import threads
+from nemo_image.engine.in_order import map_in_order
 from nemo_image.engine.model_cache import ModelSpec, get_model
 from nemo_image.engine.prefetch import prefetch
 from nemo_image.errors import ArgumentError, WeightsError
@@ -38,6 +41,9 @@ logger = logging.getLogger("nemo_image")
 
 AUTO_BATCH_SIZE = {"cpu": 32, "cuda": 256}
 PROBED_IMAGES = 64
+
+_Prepared = tuple[npt.NDArray[np.int64], PreprocessedBatch]
+_Embedded = tuple[npt.NDArray[np.int64], PreprocessedBatch, npt.NDArray[Any] | None]
 
 Decoder = Literal["auto", "torchvision", "dali", "pillow"]
 
@@ -274,8 +280,7 @@ class PreparedTimmEmbedder(TimmImageEmbedder):
 
     def embed_rows(self, source: DatasetSource, shard: str, ids: Sequence[Any]) -> ShardEmbeddings:
         """Embed the rows of one shard that have the ids given, in the order in which their images lie in the tar."""
-        reader = ShardReader(source.tar_url(shard), source.storage_options, use_index_file=self.use_index_files)
-        with reader:
+        with open_tar(source, shard, self.use_index_files) as reader:
             images, errors = samples_of_rows(reader, source, shard, ids)
             rows = np.array(sorted(images, key=lambda row: images[row].offset), np.int64)
             found = ShardEmbeddings(np.zeros((0, self.size), np.float32), np.array([], np.int64), errors)
@@ -287,22 +292,39 @@ class PreparedTimmEmbedder(TimmImageEmbedder):
                 prepare = GuardedPreprocessor(self.preprocessor(self.device, decode_threads))
                 ready = stack.enter_context(contextlib.closing(prefetch(self._prepared(prepare, reader, images, rows))))
                 stack.enter_context(prepare)  # closed first: the thread may be waiting for a decoder
-                for batch_rows, batch in ready:
+                for batch_rows, batch, made in self._embedded(prepare, ready):
                     _note(found, batch_rows, batch)
-                    if batch.rows:
-                        vectors.append(self._embed(normalized(prepare, batch, self.device)))
+                    if made is not None:
+                        vectors.append(made)
                         places.append(batch_rows[batch.rows])
         if vectors:
             found.matrix, found.rows = np.concatenate(vectors), np.concatenate(places)
+            vectors.clear()
         done = finished(found.matrix, found.rows, found.errors, normalize=self.normalize_embeddings)
         done.widths, done.heights = found.widths, found.heights
         return done
 
     def _prepared(
         self, prepare: Preprocessor, reader: ShardReader, images: Mapping[int, Any], rows: npt.NDArray[np.int64]
-    ) -> Iterator[tuple[npt.NDArray[np.int64], PreprocessedBatch]]:
+    ) -> Iterator[_Prepared]:
         for batch_rows in batches(rows, self.batch_of(self.device)):
             yield batch_rows, prepare(list(reader.read_many([images[int(row)] for row in batch_rows])))
+
+    def _embedded(self, prepare: Preprocessor, ready: Iterable[_Prepared]) -> Iterator[_Embedded]:
+        """Run the model over batches; in several threads, if the task may keep several busy.
+
+        Each thread's torch works alone: convolutions give other last bits with other numbers of threads, and a rerun
+        on another machine, or on what is left of a dataset, must give the same bytes.
+        """
+
+        def one(item: _Prepared) -> _Embedded:
+            rows, batch = item
+            return rows, batch, self._embed(normalized(prepare, batch, self.device)) if batch.rows else None
+
+        workers = threads.task_share() if self.device == "cpu" else 1
+        alone = partial(threads.set_own_torch_threads, 1)
+        with threads.torch_threads(1):
+            yield from map_in_order(one, ready, workers, alone)
 
     def _embed(self, pixels: Any) -> npt.NDArray[Any]:
         """Run the model; a batch that does not fit the GPU's memory is halved and tried again."""

@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
@@ -83,6 +84,9 @@ class FileSummary:
     footer: Footer | None
 
 
+_known: ContextVar[dict[str, FileSummary] | None] = ContextVar("nemo_image_footers", default=None)
+
+
 def read_summary(url: str, storage_options: StorageOptions = None) -> FileSummary:
     """Read a file's footer.
 
@@ -91,6 +95,29 @@ def read_summary(url: str, storage_options: StorageOptions = None) -> FileSummar
     MetadataFileError
         If the file is missing or is no Parquet.
     """
+    known = _known.get()
+    if known is not None and url in known:
+        return known[url]
+    summary = _read_summary(url, storage_options)
+    if known is not None:
+        known[url] = summary
+    return summary
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """Read each file's footer once in a ``with`` block, but for those that are written in it.
+
+    One task asks for the same few footers again and again, and on an object store each answer takes a while.
+    """
+    token = _known.set({})
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def _read_summary(url: str, storage_options: StorageOptions) -> FileSummary:
     with _opened(url, storage_options) as file:
         text = (file.metadata.metadata or {}).get(schema.FOOTER_KEY)
         try:
@@ -216,6 +243,7 @@ def table_writer(url: str, arrow_schema: pa.Schema, storage_options: StorageOpti
             if pieces.footer is not None:
                 footer = replace(pieces.footer, digest=hashed.hash.hexdigest())
                 writer.add_key_value_metadata({schema.FOOTER_KEY: footer.to_bytes()})
+    (_known.get() or {}).pop(url, None)
 
 
 class _HashedFile(io.RawIOBase):
