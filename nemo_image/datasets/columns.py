@@ -6,6 +6,7 @@ save), and taken if the file's fingerprints say that the same operator made it f
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -64,6 +65,23 @@ class ColumnFunction:
     def row_by_row(self) -> bool:
         """Whether `function` computes each row without looking at others, so that it may see them in pieces."""
         return bool(getattr(self.function, "row_by_row", False))
+
+    def settled_as(self, made_by: Mapping[str, Mapping[str, Any]]) -> ColumnFunction | None:
+        """Return the operator that made earlier results, if it differs in nothing but what a probe settles."""
+        settle = getattr(self.function, "settled_as", None)
+        before = made_by.get(next(iter(self.outputs)))
+        function = settle(before) if settle is not None and before is not None else None
+        if function is None:
+            return None
+        changed = self.with_fingerprints({name: dict(before or {}) for name in self.fingerprints})
+        changed.function = function
+        return changed
+
+    def with_fingerprints(self, fingerprints: Mapping[str, Mapping[str, Any]]) -> ColumnFunction:
+        """Return the same operator under other fingerprints."""
+        changed = copy.copy(self)
+        changed.fingerprints = dict(fingerprints)
+        return changed
 
     def taking_from(self, earlier: Sequence[str], retry_failed: bool = False) -> ColumnFunction:
         """Return the same function with other folders to take earlier values from; none means to compute all."""
@@ -203,17 +221,23 @@ def required_inputs(source: DatasetSource, inputs: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([schema.SHARD, source.id_col, *inputs]))
 
 
+def column_functions(frame: Any) -> list[ColumnFunction]:
+    """Return the operators in a Dask frame."""
+    found = {
+        id(operand): operand
+        for part in frame.expr.walk()
+        for operand in part.operands
+        if isinstance(operand, ColumnFunction)
+    }
+    return list(found.values())
+
+
 def with_earlier(frame: Any, earlier: Sequence[str], retry_failed: bool = False) -> Any:
     """Return a Dask frame whose operators take earlier values from the folders given."""
     from dask._collections import new_collection
 
+    functions = column_functions(frame)
     expression = frame.expr
-    functions = {
-        id(operand): operand
-        for part in expression.walk()
-        for operand in part.operands
-        if isinstance(operand, ColumnFunction)
-    }
-    for function in functions.values():
+    for function in functions:
         expression = expression.substitute(function, function.taking_from(earlier, retry_failed))
     return new_collection(expression) if functions else frame

@@ -21,9 +21,11 @@ from nemo_image.datasets.quarantine import QUARANTINE
 from nemo_image.datasets.save_shard import IsFinished, SaveItem, SaveShard
 from nemo_image.datasets.saved_columns import SavedColumns
 from nemo_image.datasets.schemas import unify_schemas
+from nemo_image.datasets.settled import settled_as_before
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.datasets.state import DatasetState
 from nemo_image.engine import ledger
+from nemo_image.engine.attempts import Attempts
 from nemo_image.engine.ledger import failed_shards
 from nemo_image.engine.progress import Progress
 from nemo_image.engine.run import run_tasks
@@ -82,12 +84,16 @@ def save(
     root = target or source.metadata_root
     with run_lock(root, "save_metadata", source.storage_options, options.part):
         _sweep(root, state.shards, source.storage_options, options.part)
+        if options.resume:
+            state = settled_as_before(state, root)
         state, notes = unify_schemas(state)
         for note in notes:
             logger.warning("%s: %s", source.metadata_root, note)
         _write_manifest(state, target)
         records, saved = _run(state, root, target, columns, options)
         totals = finish(root, "save_metadata", records, source.storage_options, saved.fingerprints, notes)
+        if options.part is None:
+            Attempts(root, source.storage_options).clear()
     return _saved(state, target, options, bool(notes)), totals
 
 
@@ -139,7 +145,7 @@ def pending_shards(state: DatasetState, target: str | None, columns: Sequence[st
     See :meth:`ImageTextPairDataset.pending_shards`, which calls this.
     """
     _check_target(state, target, columns)
-    state, _ = unify_schemas(state)
+    state, _ = unify_schemas(settled_as_before(state, target or state.source.metadata_root))
     source = state.source
     saved = _columns_to_save(state, target, columns)
     finished = IsFinished(SaveShard(source, target or source.metadata_root, saved, resume=True))

@@ -145,6 +145,10 @@ class ImageEmbedder:
             "embedding_dtype": self.embedding_dtype,
         }
 
+    def settled_as(self, made_by: Mapping[str, Any]) -> ImageEmbedder | None:
+        """Return the embedder with the fingerprint `made_by`, if a probe is all that tells it from this one."""
+        return None
+
     def embed_rows(self, source: DatasetSource, shard: str, ids: Sequence[Any]) -> ShardEmbeddings:
         """Embed the rows of one shard that have the ids given."""
         model = self._model("cpu")
@@ -212,6 +216,11 @@ class EmbedPartition:
         self.outputs = dict(outputs)
         # An embedder that reads whole shards would read them again for each piece.
         self.row_by_row = type(embedder).embed_rows is not ImageEmbedder.embed_rows
+
+    def settled_as(self, made_by: Mapping[str, Any]) -> EmbedPartition | None:
+        """Return the same with the embedder that made earlier results, if only what it settles by a probe differs."""
+        embedder = self.embedder.settled_as(made_by)
+        return None if embedder is None else EmbedPartition(embedder, self.source, self.outputs)
 
     def __call__(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Return the embedder's columns for `frame`.

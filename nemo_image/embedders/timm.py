@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -187,8 +188,7 @@ class TimmImageEmbedder(ImageEmbedder):
         decoder = self.decoder
         if decoder == "auto":
             decoder = "torchvision" if device == "cpu" else "dali"
-        where: Literal["cpu", "gpu"] = "gpu" if decoder == "dali" and device != "cpu" else "cpu"
-        return make_preprocessor(transform, decoder=decoder, device=where, num_threads=num_threads)
+        return make_preprocessor(transform, decoder=decoder, device=device, num_threads=num_threads)
 
     def batch_of(self, device: str) -> int:
         """Return the number of images at once on a device."""
@@ -250,6 +250,15 @@ class PreparedTimmEmbedder(TimmImageEmbedder):
             source = self.weights or f"the hub's copy of {self.model_name}"
             raise WeightsError(f"{source} on this machine has SHA-256 {found}, the client's has {self.identity}")
         return model.to(self.device)
+
+    def settled_as(self, made_by: Mapping[str, Any]) -> PreparedTimmEmbedder | None:
+        """Return the embedder of an earlier run, whose probe chose another number type."""
+        same = self.autocast and {**made_by, "dtype": self.dtype} == self.fingerprint()
+        if not same or made_by["dtype"] == self.dtype:
+            return None
+        settled = copy.copy(self)
+        settled.dtype = str(made_by["dtype"])
+        return settled
 
     def settled_dtype(self, dataset: ImageTextPairDataset) -> str:
         """Return the number type: the one that finished rows were made with, or what a probe finds."""

@@ -11,6 +11,8 @@ category        meaning
 ``bomb``        more pixels than allowed, or a chunk that inflates without bound
 ``unsupported`` a variant of its format that the decoder does not know
 ``memory``      not enough memory to decode it
+``crashed``     the decoder's process died of it (told by the process that watched it)
+``hung``        no result within the time limit (told likewise)
 ``corrupt``     anything else
 =============== ====================================================================================================
 """
@@ -59,7 +61,7 @@ def _image_error(error: Exception, data: bytes) -> ImageError:
 def _category(error: Exception, detail: str) -> str:
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)) or "too large" in detail:
         return "bomb"
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "not enough memory" in detail or "can't allocate memory" in detail:
         return "memory"
     if isinstance(error, EOFError) or any(word in detail for word in ("truncated", "not enough", "premature")):
         return "truncated"

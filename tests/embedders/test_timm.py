@@ -74,6 +74,7 @@ def test_the_probe_sees_real_pictures_of_the_dataset(tmp_path: Path, monkeypatch
         assert forward(pixels, "float32").shape[0] == len(pixels)
         return "float32"
 
+    monkeypatch.setattr(timm_module, "candidate_dtype", lambda device: "bfloat16")
     monkeypatch.setattr(timm_module, "probe_dtype", probe)
     make_dataset(tmp_path, {"a": 5})
     prepared(load(tmp_path), autocast=True)
@@ -82,6 +83,7 @@ def test_the_probe_sees_real_pictures_of_the_dataset(tmp_path: Path, monkeypatch
 
 def test_finished_rows_settle_the_number_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_dataset(tmp_path, {"a": 2})
+    monkeypatch.setattr(timm_module, "candidate_dtype", lambda device: "bfloat16")
     monkeypatch.setattr(timm_module, "probe_dtype", lambda *_: "bfloat16")
     TimmImageEmbedder(TINY_MODEL)(load(tmp_path)).save_metadata()
     monkeypatch.setattr(timm_module, "probe_dtype", lambda *_: "float32")

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from nemo_image.embedders.preprocess.batch import PreprocessedBatch, plan_picture
+from nemo_image.embedders.preprocess.pool import call_in_thread
 from nemo_image.embedders.preprocess.spec import PreprocessSpec, ResizePlan
 from nemo_image.embedders.preprocess.torchvision_path import INTERPOLATIONS, TorchvisionPreprocessor
 from nemo_image.errors import ArgumentError, ImageError, MissingDependencyError
@@ -70,10 +71,14 @@ class DaliPreprocessor:
         self._device = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
         self._graph = _Graph(spec, self._device, num_threads)
 
+    def __reduce__(self) -> tuple[type[DaliPreprocessor], tuple[PreprocessSpec, str, int, int]]:
+        # A built graph cannot be pickled; the other process builds its own.
+        return type(self), (self.spec, str(self._device), self._others.num_threads, self.max_pixels)
+
     def __call__(self, blobs: Sequence[bytes | None]) -> PreprocessedBatch:
         """Decode, resize and crop pictures; None stands for a sample without a picture."""
         jobs = {row: job for row, blob in enumerate(blobs) if blob is not None and (job := self._job(blob)) is not None}
-        decoded = self._graph.run(list(jobs.values())) if jobs else None
+        decoded = call_in_thread(lambda: self._graph.run(list(jobs.values()))) if jobs else None
         if decoded is None:
             jobs.clear()
         for index, (_, header, _) in enumerate(jobs.values()):
