@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 from tests.faults.kill_points import STAGES, WITH_GROUPS
 from tests.faults.outputs import finals, ledgers, leftovers, not_whole, sources
@@ -47,6 +48,7 @@ POINTS = [
     *(Fault(stage, "enriched", nth) for stage in WITH_GROUPS for nth in (1, 20)),
     Fault("moved", "enriched", SHARDS),
     *(Fault(stage, "enrich ledger") for stage in STAGES),
+    *(Fault(stage, "count ledger") for stage in STAGES),
     *(Fault(stage, "export manifest") for stage in STAGES),
     *(Fault(stage, "tar", nth) for stage in STAGES for nth in (1, 10)),
     *(Fault(stage, "idx", 10) for stage in STAGES),
@@ -67,6 +69,7 @@ class Bench:
     hashes: dict[str, tuple[str, int]]
     clean: dict[str, bytes]
     workers: int | None
+    small: dict[str, Any]
 
     def command(self, out: Path) -> list[object]:
         """Return the command that is killed."""
@@ -110,7 +113,9 @@ def look(bench: Bench, out: Path) -> tuple[str, int, int, list[str]]:
 
 def resume(bench: Bench, out: Path) -> tuple[list[str], str]:
     """Run the command twice more; return what is wrong, and what the last run computed."""
-    second, third = bench.runs.run(curate(bench.source, out, *OPTIONS), curate(bench.source, out, *OPTIONS), **SMALL)
+    second, third = bench.runs.run(
+        curate(bench.source, out, *OPTIONS), curate(bench.source, out, *OPTIONS), **bench.small
+    )
     problems = [f"exit status {run.status}: {run.said}" for run in (second, third) if run.status]
     made = finals(out)
     problems += [
@@ -127,9 +132,6 @@ def resume(bench: Bench, out: Path) -> tuple[list[str], str]:
     return problems, "/".join(map(str, counts))
 
 
-SMALL = {"row_group_rows": GROUP_ROWS}
-
-
 def files_written(run: Run) -> int:
     """Count the shards' files that a run wrote."""
     return sum(run.written.get(kind, 0) for kind in ("enriched", "tar", "idx", "parquet"))
@@ -137,7 +139,7 @@ def files_written(run: Run) -> int:
 
 def kill_at_point(bench: Bench, fault: Fault, out: Path) -> bool:
     """Run until the point, where the run kills itself; tell whether it came there."""
-    return bench.runs.wait(bench.runs.start(curate(bench.source, out, *OPTIONS), fault=fault, **SMALL)).killed
+    return bench.runs.wait(bench.runs.start(curate(bench.source, out, *OPTIONS), fault=fault, **bench.small)).killed
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ def begun(out: Path, phase: str) -> bool:
 
 def kill_at_moment(bench: Bench, moment: Moment, out: Path) -> bool:
     """Kill a run's process group at a moment; tell whether it was still running."""
-    pid = bench.runs.start(bench.command(out), **SMALL)
+    pid = bench.runs.start(bench.command(out), **bench.small)
     while not begun(out, moment.phase):
         time.sleep(0.0005)
     time.sleep(moment.after_s)
@@ -176,7 +178,7 @@ def kill_at_moment(bench: Bench, moment: Moment, out: Path) -> bool:
 
 def measured(bench: Bench, out: Path) -> dict[str, float]:
     """Return how long the phases of a clean run take, in seconds."""
-    pid = bench.runs.start(bench.command(out), **SMALL)
+    pid = bench.runs.start(bench.command(out), **bench.small)
     starts = {}
     for phase in ("enrich", "export"):
         while not begun(out, phase):
@@ -216,7 +218,7 @@ def worker_processes(group: int) -> list[int]:
 
 def kill_one_worker(bench: Bench, out: Path, after_shards: int) -> list[str]:
     """Kill one worker process once some shards are finished; the run must end by itself as a clean one does."""
-    pid = bench.runs.start(bench.command(out), **SMALL)
+    pid = bench.runs.start(bench.command(out), **bench.small)
     enriched = out / "_nemo_image" / "enriched"
     while len(list(enriched.glob("*.parquet"))) < after_shards:
         time.sleep(0.001)
@@ -270,9 +272,11 @@ def kill_until_hit(bench: Bench, moment: Moment, out: Path) -> bool:
 def prepare(folder: Path, runs: WarmRuns, workers: int | None) -> Bench:
     """Write the source and make the clean run."""
     source = make_dataset(folder / "in", {f"{number:05d}": SAMPLES for number in range(SHARDS)})
-    (run,) = runs.run(curate(source, folder / "clean", *OPTIONS), **SMALL)
+    # Small row groups in this process only: a cluster's workers keep the product's.
+    small = {} if workers else {"row_group_rows": GROUP_ROWS}
+    (run,) = runs.run(curate(source, folder / "clean", *OPTIONS), **small)
     assert run.status == 0, run.errors
-    return Bench(runs, folder, source, sources(source), finals(folder / "clean"), workers)
+    return Bench(runs, folder, source, sources(source), finals(folder / "clean"), workers, small)
 
 
 def main() -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
+import os
 import sys
 from typing import Any
 
@@ -41,6 +43,11 @@ class Commands(click.Group):
         except NemoImageError as error:
             click.echo(f"Error: {error}", err=True)
             sys.exit(1)
+        except OSError as error:
+            if error.filename is None:
+                raise  # not about a file: a defect
+            click.echo(f"Error: {os.fspath(error.filename)}: {error.strerror}", err=True)
+            sys.exit(1)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -48,6 +55,10 @@ class Commands(click.Group):
 @click.option("-v", "--verbose", is_flag=True, help="Log what is done.")
 def main(verbose: bool) -> None:
     """Curate image-text datasets: WebDataset tars with Parquet metadata."""
+    if codecs.lookup(sys.getfilesystemencoding()).name != "utf-8":
+        raise click.UsageError(
+            f"Python takes file names for {sys.getfilesystemencoding()} here: set PYTHONUTF8=1, or a UTF-8 locale"
+        )
     logging.basicConfig(
         level=logging.INFO if verbose or not sys.stderr.isatty() else logging.WARNING,
         format="%(asctime)s %(levelname)s %(message)s",

@@ -188,6 +188,11 @@ def _begin(settings: write.ExportSettings, tar_root: str, replace: bool) -> None
     target, storage_options = settings.root, settings.storage_options
     before = _read_manifest(target, storage_options)
     if before is not None and before.get("token") != settings.token:
+        if not replace and not before:
+            raise DatasetError(
+                f"{target}/{FOLDER}/{MANIFEST} is garbled, so that nobody knows whose export this is: give an empty "
+                "folder, or replace=True (--replace) to write this one in its place"
+            )
         if not replace:
             raise DatasetError(
                 f"{target} holds another export (of other rows, values or settings): give an empty folder, or "

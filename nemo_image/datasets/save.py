@@ -92,6 +92,8 @@ def save(
         _write_manifest(state, target)
         records, saved = _run(state, root, target, columns, options)
         totals = finish(root, "save_metadata", records, source.storage_options, saved.fingerprints, notes)
+        # What workers that died in this run left.
+        _sweep(root, state.shards, source.storage_options, options.part)
         if options.part is None:
             Attempts(root, source.storage_options).clear()
     return _saved(state, target, options, bool(notes)), totals
@@ -279,9 +281,20 @@ def finish(
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write the ledger of a run; raise if shards failed."""
-    url, totals = ledger.write_ledger(root, kind, records, storage_options, made_by, notes)
+    try:
+        url, totals = ledger.write_ledger(root, kind, records, storage_options, made_by, notes)
+    except OSError as error:
+        failures = {record.shard: record.error or "" for record in records if record.status == "failed"}
+        if not failures:
+            raise
+        # A full disk, perhaps: the shards say more of it than the ledger.
+        raise RunError(
+            f"{len(failures)} of {len(records)} shards failed, and the ledger could not be written "
+            f"({one_line(error)}). {_causes(failures)}",
+            failures,
+        ) from error
     totals["ledger"] = url
-    failures: dict[str, str] = totals["failed_shards"]
+    failures = totals["failed_shards"]
     if failures:
         raise RunError(
             f"{len(failures)} of {len(records)} shards failed, the others are finished (ledger: {url}). "

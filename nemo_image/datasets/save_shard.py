@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -101,6 +102,7 @@ class SaveShard:
         self.resume = resume
         self.retried = retried
         self.quarantine = Quarantine(source, root, quarantine_bytes)
+        self.run = uuid.uuid4().hex
 
     def __call__(self, item: SaveItem) -> ShardRecord:
         """Save one shard."""
@@ -126,11 +128,11 @@ class SaveShard:
         if not self.saved.reads_images:
             yield
             return
-        with Attempts(self.root, self.source.storage_options).attempt(shard) as deaths:
-            if deaths >= MAX_DEATHS:
+        with Attempts(self.root, self.source.storage_options, self.run).attempt(shard) as deaths:
+            if deaths.in_this_run >= MAX_DEATHS:
                 raise ShardError(
-                    f"{deaths} processes that worked on this shard died, the later ones with their decoders in a child "
-                    "process: look at the workers' logs and memory"
+                    f"{deaths.in_this_run} processes that worked on this shard died, the later ones with their "
+                    "decoders in a child process: look at the workers' logs and memory"
                 )
             with isolate() if deaths or self.retried is not None else nullcontext():
                 yield
@@ -145,7 +147,9 @@ class SaveShard:
         footer, saved = summary.footer, self.saved
         there = {one.name: schema.plain_type(one.type) for one in summary.schema}
         same = (
-            saved.id_field.name in there
+            there.get(saved.id_field.name) == saved.id_field.type
+            and schema.SHARD in summary.schema.names
+            and summary.schema.field(schema.SHARD).type == schema.SHARD_TYPE
             and all(there.get(one.name) == one.type for one in saved.fields)
             and all(footer.columns.get(name) == made for name, made in saved.fingerprints.items())
             and not any(footer.pending.get(name, 1) for name in saved.computed)

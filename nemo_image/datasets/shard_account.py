@@ -127,6 +127,8 @@ class ShardAccount:
             index = reader.index
         claimed = np.zeros(len(index), bool) if self._claimed is None else self._claimed
         record.samples = len(index)
+        if not index.has_end:
+            record.notes.append("the tar has no end mark: it may have been cut off between two members")
         record.rows_without_sample = Named(self._missing, [str(one) for one in self._without_sample])
         record.samples_without_row = Named.of(index.samples[number].key for number in np.flatnonzero(~claimed))
         record.repeated_members = Named.of(index.repeated)

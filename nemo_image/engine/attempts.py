@@ -32,6 +32,18 @@ MAX_DEATHS = 3
 _TAIL = 40  # characters of a shard's name that its files show, for people
 
 
+class Deaths(int):
+    """How many earlier attempts at a shard ended with the death of their process.
+
+    Attributes
+    ----------
+    in_this_run : int
+        Those of the present run: a run that was killed from outside, and begun again, says nothing against a shard.
+    """
+
+    in_this_run: int = 0
+
+
 class Attempts:
     """The attempts at the shards of one output folder.
 
@@ -41,23 +53,26 @@ class Attempts:
         The output folder: a local path or any fsspec URL.
     storage_options : mapping, optional
         Credentials and settings of its file system.
+    run : str, optional
+        Names the run: letters and digits.
     """
 
-    def __init__(self, root: Url, storage_options: StorageOptions = None) -> None:
+    def __init__(self, root: Url, storage_options: StorageOptions = None, run: str = "") -> None:
         self.root = root
         self.storage_options = storage_options
+        self.run = run
 
     @contextmanager
-    def attempt(self, shard: str) -> Iterator[int]:
+    def attempt(self, shard: str) -> Iterator[Deaths]:
         """Work on a shard inside the ``with`` block.
 
         A block that ends well clears the shard's deaths. One that raises leaves them as they were, unless they had
-        reached `MAX_DEATHS`: that verdict is final for this run, and the next one starts afresh.
+        reached `MAX_DEATHS` in this run: that verdict is final for it, and the next one starts afresh.
 
         Yields
         ------
-        int
-            How many earlier attempts ended with the death of their process; 0 where all is well.
+        Deaths
+            0 where all is well.
 
         Raises
         ------
@@ -66,14 +81,17 @@ class Attempts:
         """
         prefix = _prefix(shard)
         crumbs = self._crumbs()
-        name = f"{prefix}{uuid.uuid4().hex}-{_tail(shard)}"
+        name = f"{prefix}{self.run}.{uuid.uuid4().hex}-{_tail(shard)}"
         crumbs.leave(name, _note(shard))
         dead: list[str] = []
+        deaths = Deaths()
         try:
             dead = [other for other in crumbs.dead(prefix) if other != name]
-            yield len(dead)
+            deaths = Deaths(len(dead))
+            deaths.in_this_run = sum(other.startswith(f"{prefix}{self.run}.") for other in dead)
+            yield deaths
         except BaseException:
-            crumbs.remove([name, *(dead if len(dead) >= MAX_DEATHS else ())])
+            crumbs.remove([name, *(dead if deaths.in_this_run >= MAX_DEATHS else ())])
             raise
         crumbs.remove([name, *dead])
 

@@ -70,7 +70,9 @@ class Holder:
 
     def to_bytes(self, beat: int = 0) -> bytes:
         """Return the holder as JSON, with the number of its beat."""
-        return json.dumps({**asdict(self), "beat": beat}, ensure_ascii=False).encode() + b"\n"
+        return (
+            json.dumps({**asdict(self), "beat": beat}, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        )
 
     @classmethod
     def from_bytes(cls, text: bytes) -> Holder | None:

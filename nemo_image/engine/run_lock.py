@@ -31,7 +31,7 @@ from fsspec.spec import AbstractFileSystem
 
 from nemo_image.engine.lease import Holder, Lease, busy
 from nemo_image.engine.ledger import FOLDER
-from nemo_image.errors import ArgumentError, OutputBusyError
+from nemo_image.errors import ArgumentError, DatasetError, OutputBusyError
 from nemo_image.shards import files
 
 logger = logging.getLogger("nemo_image")
@@ -217,7 +217,12 @@ def _leased(
 
 def _flocked(stack: ExitStack, folder: Path, root: str, holder: Holder, part: tuple[int, int] | None) -> bool:
     """Take the locks of a local folder; False if the file system has none."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise DatasetError(
+            f"{error.filename} is a file, where a folder of {root} should be: give another one"
+        ) from error
     own = folder / _name(part)
     try:
         if part is not None and not _flock(stack, folder / RUN, fcntl.LOCK_SH, b""):

@@ -75,9 +75,18 @@ def is_written(settings: ExportSettings, shard: str) -> parquet.FileSummary | No
     summary = parquet.summary_or_none(files.join(settings.root, shard + ".parquet"), settings.storage_options)
     if summary is None or summary.footer is None or summary.footer.plan != settings.token:
         return None
-    tar_url = files.join(settings.root, shard + ".tar")
-    # The Parquet file is written last: where it is, the tar is whole.
-    return summary if files.exists(tar_url, settings.storage_options) else None
+    sizes = {".tar": (summary.footer.source or {}).get("size"), ".idx": summary.footer.idx_size}
+    for suffix, size in sizes.items():
+        if size is not None and _size_of(settings, shard + suffix) != size:
+            return None
+    return summary
+
+
+def _size_of(settings: ExportSettings, name: str) -> int | None:
+    try:
+        return files.identify(files.join(settings.root, name), settings.storage_options).size
+    except FileNotFoundError:
+        return None
 
 
 def write_output(
@@ -106,8 +115,10 @@ def write_output(
             odd_json += _copy(settings, writer, readers.of(taken[part].tar_url), sample, key, old_id)
         writer.close()
         index = writer.index()
+    idx_size = None
     try:
         write_idx(index, files.join(settings.root, shard + ".idx"), settings.storage_options)
+        idx_size = _size_of(settings, shard + ".idx")
     except ArgumentError as error:
         record.notes.append(f"no .idx: {error}")
     if odd_json:
@@ -120,6 +131,7 @@ def write_output(
         columns=settings.footer_columns,
         pending=parquet.count_pending(table, settings.footer_columns),
         source=files.FileIdentity(index.size).to_dict(),
+        idx_size=idx_size,
         plan=settings.token,
         record={name: value for name, value in record.to_dict().items() if name not in ("seconds", "error", "status")},
     )

@@ -106,7 +106,7 @@ def _is_about(error: OSError, temporary: str, folder: str) -> bool:
     """Tell whether an error is about the temporary file, or a folder to be made for it, not about what is copied."""
     name = error.filename
     if name is None:
-        return error.errno in _FULL
+        return error.errno in _FULL or error.errno == errno.EIO
     return name == temporary or (isinstance(name, str) and f"{folder}/".startswith(f"{name.rstrip('/')}/"))
 
 

@@ -179,7 +179,10 @@ def identify(url: Url, storage_options: StorageOptions = None) -> FileIdentity:
     if isinstance(fs, LocalFileSystem):
         status = os.stat(path)
         seconds, nanoseconds = divmod(status.st_mtime_ns, 10**9)
-        moment = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        try:
+            moment = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        except (ValueError, OverflowError):  # file systems know years that datetime does not
+            moment = f"{seconds} s"
         return FileIdentity(status.st_size, f"{moment}.{nanoseconds:09d}Z")
     info = _ask(fs, url, lambda: fs.info(path))
     etag = info.get("ETag") or info.get("etag")

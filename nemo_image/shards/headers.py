@@ -39,10 +39,14 @@ _COMPRESSIONS = {
 
 
 class Contents(NamedTuple):
-    """A tar's members as they come: (name, offset, size) of its files, and the names of its links and devices."""
+    """A tar's members as they come: (name, offset, size) of its files, and the names of its links and devices.
+
+    `has_end` tells whether the tar has an end mark. Where it has none, members may have been cut off.
+    """
 
     files: list[tuple[str, int, int]]
     others: list[str]
+    has_end: bool = True
 
 
 class HeaderWindow:
@@ -250,6 +254,7 @@ class _Walk:
                 position, "the tar ends between an extended header and its member", "copy or download it again"
             )
         if len(header) < BLOCK:
+            self.found = self.found._replace(has_end=False)
             logger.warning(
                 "%s: byte %d: no end mark; the tar may have been cut off between two members", name, position
             )

@@ -81,12 +81,15 @@ class TarIndex:
         Names of members that have no key, and of links and devices.
     size : int
         The tar's size in bytes.
+    has_end : bool
+        Whether it ends with an end mark; if not, members may have been cut off.
     """
 
     samples: tuple[Sample, ...]
     repeated: tuple[str, ...]
     ignored: tuple[str, ...]
     size: int
+    has_end: bool = True
 
     @cached_property
     def keys(self) -> list[str]:
@@ -172,7 +175,7 @@ def group_members(contents: Contents, size: int) -> TarIndex:
         samples.append(Sample(key, tuple(group.values()) if isinstance(group, dict) else group))
     if not all(sample.key.isascii() for sample in samples):
         samples = _with_text_keys(samples, repeated)
-    return TarIndex(tuple(samples), tuple(repeated), (*ignored, *contents.others), size)
+    return TarIndex(tuple(samples), tuple(repeated), (*ignored, *contents.others), size, contents.has_end)
 
 
 def _with_text_keys(samples: list[Sample], repeated: list[str]) -> list[Sample]:

@@ -50,6 +50,8 @@ class Footer:
         The shard's ledger record.
     versions : dict of str to str
         The libraries that made it; recorded, never compared.
+    idx_size : int or None
+        Size in bytes of the index file beside the tar, where both were written with this file.
     digest : str or None
         XXH3-128 of the file's data, which is all of it before the footer.
     """
@@ -61,6 +63,7 @@ class Footer:
     plan: str | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    idx_size: int | None = None
     digest: str | None = None
 
     def to_bytes(self) -> bytes:
@@ -236,7 +239,7 @@ def table_writer(url: str, arrow_schema: pa.Schema, storage_options: StorageOpti
     arrow_schema = arrow_schema.with_metadata(metadata or None)
     with files.atomic_writer(url, storage_options) as out:
         hashed = _HashedFile(out)
-        with pq.ParquetWriter(hashed, arrow_schema) as writer:
+        with pq.ParquetWriter(hashed, arrow_schema, write_page_checksum=True) as writer:
             pieces = TableWriter(writer, arrow_schema)
             yield pieces
             pieces.close()
@@ -296,7 +299,7 @@ def open_parquet(url: str, storage_options: StorageOptions = None, buffer_size: 
     with reading(url):
         raw = open_file(url, storage_options)
         try:
-            return pq.ParquetFile(raw, buffer_size=buffer_size, pre_buffer=False)
+            return pq.ParquetFile(raw, buffer_size=buffer_size, pre_buffer=False, page_checksum_verification=True)
         except BaseException:
             raw.close()
             raise
@@ -309,7 +312,7 @@ def reading(url: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise MetadataFileError(f"{url}: no such file") from error
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError, OSError) as error:
         raise MetadataFileError(f"{url}: cannot be read as Parquet ({_first_line(error)})") from error
 
 

@@ -262,7 +262,7 @@ def test_a_curated_folder_with_all_its_runs(tmp_path: Path) -> None:
     kinds = {folder["path"]: [one["kind"] for one in folder["runs"]] for folder in found["folders"]}
     enriched = str(tmp_path / "out" / "_nemo_image" / "enriched")
     assert kinds[enriched] == ["save_metadata"]
-    assert sorted(kinds[str(tmp_path / "out")]) == ["to_webdataset", "to_webdataset-output"]
+    assert sorted(kinds[str(tmp_path / "out")]) == ["to_webdataset", "to_webdataset-count", "to_webdataset-output"]
     assert found["folders"][0]["on_disk"]["rows"] == 6
     (tmp_path / "out" / "00001.parquet").unlink()
     (Path(enriched) / "a.parquet").unlink()
@@ -283,7 +283,7 @@ def test_rows_taken_and_rows_written_are_compared(tmp_path: Path) -> None:
         lines[0].update(rows_out=4, rows_filtered=1)
         lines[-1]["run"].update(rows_out=4, rows_filtered=1)
 
-    (taken,) = [path for path in (tmp_path / "out" / "_nemo_image").glob("*.jsonl") if "output" not in path.name]
+    (taken,) = (tmp_path / "out" / "_nemo_image").glob("to_webdataset-2*.jsonl")
     rewritten(taken, one_more)
     (problem,) = inspected(tmp_path / "out", 1)["problems"]
     assert "4 rows were taken" in problem
