@@ -130,6 +130,11 @@ class MissingDependencyError(NemoImageError, ImportError):
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message as one line; the type goes before it where the error is not one of ours."""
+    """Return an error's message as one line.
+
+    A file's error begins with the file; the type goes before other messages that are not ours.
+    """
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return " ".join(f"{error.filename}: {error.strerror}".split())
     text = " ".join(str(error).split()) or type(error).__name__
     return text if isinstance(error, NemoImageError) else f"{type(error).__name__}: {text}"
