@@ -7,6 +7,7 @@ import configparser
 import importlib
 import inspect
 import json
+import logging
 import os
 import pkgutil
 import re
@@ -165,6 +166,8 @@ def lint_imports(config: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     linter = pytest.importorskip("importlinter.cli", reason="import-linter is in the extra 'test'")
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT))
+    # The linter disables loggers that others have made.
+    monkeypatch.setattr(logging.getLogger("nemo_image"), "disabled", False)
     status: int = linter.lint_imports(config_filename=str(config), cache_dir=None, no_cache=True)
     return status
 
