@@ -94,8 +94,7 @@ def save(
         totals = finish(root, "save_metadata", records, source.storage_options, saved.fingerprints, notes)
         # What workers that died in this run left.
         _sweep(root, state.shards, source.storage_options, options.part)
-        if options.part is None:
-            Attempts(root, source.storage_options).clear()
+        Attempts(root, source.storage_options).clear()
     return _saved(state, target, options, bool(notes)), totals
 
 
