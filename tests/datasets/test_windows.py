@@ -126,7 +126,8 @@ def test_what_looks_at_a_whole_partition_gets_it(tmp_path: Path, monkeypatch: py
     dataset = ImageTextPairDataset.from_webdataset(make_dataset(tmp_path, {"a": 10}))
 
     def ranked(frame: pd.DataFrame) -> pd.DataFrame:
-        return frame.assign(rank=frame["score"].rank().astype("float64[pyarrow]"))
+        places = frame["score"].to_numpy(dtype=float).argsort().argsort() + 1.0
+        return frame.assign(rank=pd.Series(places, frame.index, dtype="float64[pyarrow]"))
 
     meta = dataset.metadata._meta.assign(rank=pd.Series([], dtype="float64[pyarrow]"))
     dataset.metadata = dataset.metadata.map_partitions(ranked, meta=meta)
