@@ -85,6 +85,8 @@ def _is_row_by_row(part: Any) -> bool:
         return bool(getattr(part.func, "row_by_row", False))
     if isinstance(getattr(part, "func", None), ShardLoader):
         return True
+    if isinstance(part, known.ResetIndex | known.Eval):
+        return False  # counts from the partition's first row; may use a column's mean
     return isinstance(part, known.Elemwise | known.Filter | known.DropnaFrame | known.DropnaSeries)
 
 

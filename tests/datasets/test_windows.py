@@ -143,6 +143,16 @@ def test_index_counts_on_through_the_windows(tmp_path: Path, monkeypatch: pytest
     assert pq.read_table(tmp_path / "out/a.parquet")["place"].to_pylist() == list(range(10))
 
 
+def test_an_index_that_is_reset_counts_the_whole_partition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_pass, "WINDOW_ROWS", 4)
+    dataset = ImageTextPairDataset.from_webdataset(make_dataset(tmp_path, {"a": 10}))
+    frame = dataset.metadata[dataset.metadata["seed"] > 1].reset_index(drop=True)
+    frame["place"] = frame.index
+    dataset.metadata = frame
+    dataset.save_metadata(tmp_path / "out")
+    assert pq.read_table(tmp_path / "out/a.parquet")["place"].to_pylist() == list(range(8))
+
+
 def test_windows_of_tars_without_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: list[int]) -> None:
     monkeypatch.setattr(shard_pass, "WINDOW_ROWS", 4)
     write_tar(tmp_path / "a.tar", [sample(seed, f"{seed:06d}", f"picture {seed}") for seed in range(10)])
