@@ -106,7 +106,7 @@ def _is_about(error: OSError, temporary: str, folder: str) -> bool:
     """Tell whether an error is about the temporary file, or a folder to be made for it, not about what is copied."""
     name = error.filename
     if name is None:
-        return error.errno in _FULL or error.errno == errno.EIO
+        return error.errno in _FULL
     return name == temporary or (isinstance(name, str) and f"{folder}/".startswith(f"{name.rstrip('/')}/"))
 
 
@@ -121,6 +121,9 @@ def _sync(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        error.filename = path  # the kernel knows the file by its number only
+        raise
     finally:
         os.close(descriptor)
 
