@@ -120,10 +120,11 @@ def _run(
     frame = state.frame[[schema.SHARD, source.id_col, *(field.name for field in saved.fields)]]
     frame = with_earlier(frame, (root, source.metadata_root) if options.resume else (), options.retry_failed)
     mine = options.shards_of(state.shards)
-    work = SaveShard(source, root, saved, options.resume, _to_retry(root, source, options), options.quarantine_bytes)
+    failed = failed_shards(root, source.storage_options) if options.retry_failed else None
+    work = SaveShard(source, root, saved, options.resume, failed, options.quarantine_bytes)
     with scattered.saved_items(frame, shard_tasks(frame), state.shards, root, source) as items:
-        strangers_too = options.part in (None, (1, options.part[1] if options.part else 1))
-        chosen = _of_part(items, set(mine), set(state.shards) if strangers_too else None)
+        takes_strangers = options.part is None or options.part[0] == 1
+        chosen = _of_part(items, set(mine), set(state.shards) if takes_strangers else None)
         records = run_shards("save_metadata", work, chosen, len(mine), options.max_failure_ratio, root, source)
     return records, saved
 
@@ -133,11 +134,6 @@ def _of_part(items: Iterable[SaveItem], mine: set[str], known: set[str] | None) 
     for item in items:
         if item.shard in mine or (known is not None and item.shard not in known):
             yield item
-
-
-def _to_retry(root: str, source: DatasetSource, options: SaveOptions) -> frozenset[str] | None:
-    """Return the shards that failed before; None where all that is not finished is to be computed."""
-    return failed_shards(root, source.storage_options) if options.retry_failed else None
 
 
 def pending_shards(state: DatasetState, target: str | None, columns: Sequence[str] | None) -> list[str]:
@@ -258,7 +254,7 @@ def run_shards(
     logger.info("%s: %d shards in %.1f s", label, len(records), time.monotonic() - started)
     if too_many() and len(records) < count:
         failures = {record.shard: record.error or "" for record in records if record.status == "failed"}
-        url, _ = ledger.write_ledger(root, label.partition(":")[0], records, source.storage_options)
+        url, _ = ledger.write_ledger(root, label, records, source.storage_options)
         raise TooManyFailuresError(
             f"stopped early: {failed} of the first {len(records)} shards failed, more than max_failure_ratio="
             f"{max_failure_ratio} of {count} allows (ledger: {url}). {_causes(failures)}",

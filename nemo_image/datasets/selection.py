@@ -100,7 +100,7 @@ class CountSelected:
 
 @dataclass
 class _Passing:
-    """The rows of a shard that pass, by the metadata alone; the fields are those of `Selected`."""
+    """The rows of a shard that pass, by the metadata alone: their positions and ids; the rest is as in `Selected`."""
 
     rows: Any
     row_ids: list[Any]
@@ -141,22 +141,19 @@ _recent: Recent[Selected] = Recent(lambda found: len(found.index), 250_000)
 
 
 def find_again(under_way: ShardPass, rows: PartitionTask, filter_column: str, digest: str) -> Selected:
-    """Return what :func:`find_selected` does, from memory where this process has just found it in the same files."""
-    source, shard = under_way.source, under_way.shard
-    files_token = _files_token(source, shard)
-    key = (source.tar_root, source.metadata_root, filter_column, digest, files_token, shard_pass.WINDOW_ROWS)
-    return _recent.get(key, lambda: find_selected(under_way, rows, filter_column))
-
-
-def find_selected(under_way: ShardPass, rows: PartitionTask, filter_column: str) -> Selected:
-    """Find the rows of a shard that pass, and their samples.
+    """Find the rows of a shard that pass, and their samples: in memory, where this process has just found them.
 
     Parameters
     ----------
     rows : PartitionTask
         Makes the frame of the id, the filter column, and whatever else the digest depends on.
+    digest : str
+        What the count said of the shard.
     """
-    return _match(under_way, _find_passing(under_way, rows, filter_column))
+    source, shard = under_way.source, under_way.shard
+    files_token = _files_token(source, shard)
+    key = (source.tar_root, source.metadata_root, filter_column, digest, files_token, shard_pass.WINDOW_ROWS)
+    return _recent.get(key, lambda: _match(under_way, _find_passing(under_way, rows, filter_column)))
 
 
 def _find_passing(under_way: ShardPass, rows: PartitionTask, filter_column: str) -> _Passing:

@@ -110,22 +110,18 @@ class ShardPass:
             self._tables[name] = make()
         return self._tables[name]
 
-    def window_ids(self) -> Any:
-        """Return the ids of the window's rows."""
-        start, stop = self.window or (0, len(self._ids))
-        return self._ids.slice(start, stop - start)
-
     def places(self, reader: ShardReader, ids: Sequence[Any]) -> Positions:
         """Return the sample of each id, as :func:`match_samples` decides for the shard as a whole; -1 for none."""
         assert self.window is not None
+        start, stop = self.window
         if self._places is None:
             self._places = match_samples(reader, self._ids.to_pylist(), self.source.id_col)
         wanted = pa.array(ids, from_pandas=True)
-        present = self.window_ids()
+        present = self._ids.slice(start, stop - start)
         if wanted.type != present.type:
             wanted, present = wanted.cast(pa.string()), present.cast(pa.string())
         rows = np.asarray(pc.fill_null(pc.index_in(wanted, value_set=present, skip_nulls=True), -1)).astype(np.int64)
-        found = np.where(rows >= 0, self._places[self.window[0] : self.window[1]][rows], -1)
+        found = np.where(rows >= 0, self._places[start:stop][rows], -1)
         others = np.flatnonzero(rows < 0).tolist()
         if others:
             # The user gave these rows other ids than the shard's own.
