@@ -33,6 +33,27 @@ AESTHETIC_SCORE = "aesthetic_score"
 NSFW_SCORE = "nsfw_score"
 CLIP_SCORE = "clip_score"
 
+IS_DUPLICATE = "is_duplicate"
+"""Whether a row is to be removed as another's copy (bool); null where it could not be judged."""
+
+DUPLICATE_OF = "duplicate_of"
+"""The id of the row whose copy a row is; null exactly for rows that are kept or not judged."""
+
+DUPLICATE_OF_SHARD = "duplicate_of_shard"
+"""That row's shard."""
+
+DUPLICATE_TIER = "duplicate_tier"
+"""What found the copy: ``"exact"``, ``"perceptual"`` or ``"semantic"``."""
+
+CLUSTER = "cluster"
+"""The k-means cluster of a row's embedding, from 0 (int32)."""
+
+CENTROID_DISTANCE = "cosine_dist_to_cent"
+"""1 - cosine of a row's embedding and its cluster's centroid (float32), from 0 to 2."""
+
+MAX_SIMILARITY = "max_similarity"
+"""Largest cosine of a row's embedding and that of a row judged before it (float32); 0 where there is none."""
+
 CAPTION = "caption"
 KEY = "key"
 

@@ -15,6 +15,7 @@ from nemo_image.errors import NemoImageError
 
 COMMANDS = {
     "curate": "nemo_image.cli.curate",
+    "dedup": "nemo_image.cli.dedup",
     "index": "nemo_image.cli.index",
     "inspect": "nemo_image.cli.inspect",
 }

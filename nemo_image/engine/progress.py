@@ -22,10 +22,13 @@ class Progress:
         What is being done.
     total : int
         The number of shards.
+    unit : str, default "shards"
+        What they are, if not shards.
     """
 
-    def __init__(self, label: str, total: int) -> None:
+    def __init__(self, label: str, total: int, unit: str = "shards") -> None:
         self.label = label
+        self.unit = unit
         self.total = total
         self.shards = 0
         self.rows = 0
@@ -51,10 +54,11 @@ class Progress:
             self._logged = now
             left = elapsed / self.shards * (self.total - self.shards)
             logger.info(
-                "%s: %d of %d shards, %d rows, %.0f rows/s, %.0f s left",
+                "%s: %d of %d %s, %d rows, %.0f rows/s, %.0f s left",
                 self.label,
                 self.shards,
                 self.total,
+                self.unit,
                 self.rows,
                 self.rows / elapsed,
                 left,
