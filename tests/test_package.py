@@ -28,8 +28,17 @@ PACKAGES = [
     "nemo_image",
     *(f"nemo_image.{found.name}" for found in pkgutil.iter_modules(nemo_image.__path__) if found.ispkg),
 ]
-DISTRIBUTIONS = {"PIL": "pillow", "dask_cuda": "dask-cuda", "rmm": "dask-cuda", "nvidia": "nvidia-dali-cuda130"}
-"""Of modules that are not named like the distribution that brings them (rmm comes with dask-cuda)."""
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "cuml": "cuml-cu13",
+    "cupy": "cuml-cu13",
+    "dask_cuda": "dask-cuda",
+    "nvidia": "nvidia-dali-cuda130",
+    "rmm": "dask-cuda",
+    "sklearn": "scikit-learn",
+    "threadpoolctl": "scikit-learn",
+}
+"""Of modules that are not named like the distribution that brings them; some come with another one."""
 NOT_DECLARED = {"huggingface_hub", "IPython"}
 """Imported only where they happen to be installed."""
 HEAVY = ("torch", "torchvision", "timm", "safetensors", "nvidia", "sklearn", "open_clip", "imagehash")
@@ -85,6 +94,14 @@ def test_the_packages_of_the_specification_are_there() -> None:
     wanted = {
         "nemo_image": ["get_client", "get_num_workers"],
         "nemo_image.datasets": ["ImageTextPairDataset"],
+        "nemo_image.dedup": [
+            "ClusteringModel",
+            "ExactDedup",
+            "PerceptualDedup",
+            "SemanticClusterLevelDedup",
+            "SemanticDedup",
+            "kept_fraction",
+        ],
         "nemo_image.embedders": ["ImageEmbedder", "TimmImageEmbedder"],
         "nemo_image.classifiers": ["AestheticClassifier", "ImageClassifier", "NsfwClassifier"],
     }
@@ -156,7 +173,7 @@ def test_a_package_imports_without_the_extras_or_says_what_to_install(
 ) -> None:
     error = errors_without_extras.get(name)
     assert error is None or (error.startswith("MissingDependencyError") and "pip install" in error)
-    assert error is None or name == "nemo_image.embedders"
+    assert error is None or name in ("nemo_image.dedup", "nemo_image.embedders")
 
 
 # The layers -----------------------------------------------------------------------------------------------------------

@@ -81,13 +81,13 @@ def near_hashes(
     best = np.full(len(hashes), _NONE)
     is_copy = is_source[first]
     is_copy[distinct] = False
+    is_copy[:fixed] = False
     best[is_copy] = first[is_copy]  # at distance 0
     del first  # memory: of ten million rows, each of these takes 80 MB
     open_ = ~(is_copy | is_source) if representative else ~is_copy
     open_[:fixed] = False
     judged = np.flatnonzero(open_)
     best[judged] = _nearest(hashes, judged, sources, max_distance)
-    best[:fixed] = _NONE
     fell = best != _NONE
     return np.where(fell, best >> 32, -1).astype(np.int16), np.where(fell, best & _LOW, -1)
 

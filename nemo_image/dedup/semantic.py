@@ -157,7 +157,7 @@ class SemanticDedup:
             remove(run.clusters_folder(), options)
         logger.info("%s", result)
         self.result_ = result
-        return with_columns(run.work.dataset, result, run.token(), [self.embedding_column])
+        return with_columns(run.work.dataset, result, run.token, [self.embedding_column])
 
     def cluster_settings(self, id_col: str) -> ClusterSettings:
         """Return how rows are clustered."""

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -84,25 +85,27 @@ class SemanticRun:
         fresh = without_own_result(dataset, OPERATOR, asked)
         return cls(dataset.path, work_of(fresh, clustering), clustering, judging)
 
+    @property
     def token(self) -> str:
-        """Return what tells this run from others."""
-        return str(tokenize(self.clusters_token(), self.judging.token()))
+        """What tells this run from others."""
+        return str(tokenize(self.clusters_token, self.judging.token()))
 
+    @cached_property
     def clusters_token(self) -> str:
-        """Return what tells this run's clustering from others."""
+        """What tells this run's clustering from others."""
         return str(tokenize(self.work.token(), self.clustering.token()))
 
     def plan(self) -> dict[str, Any]:
         """Return what is said of this run in its folder."""
-        return {"operator": TIER, "token": self.token()}
+        return {"operator": TIER, "token": self.token}
 
     def default_folder(self) -> str:
         """Return where the result lies if the user does not say."""
-        return files.join(self.path, FOLDER, f"dedup-{self.token()[:16]}")
+        return files.join(self.path, FOLDER, f"dedup-{self.token[:16]}")
 
     def clusters_folder(self) -> str:
         """Return where rows lie by cluster."""
-        return files.join(self.path, FOLDER, f"clusters-{self.clusters_token()[:16]}")
+        return files.join(self.path, FOLDER, f"clusters-{self.clusters_token[:16]}")
 
     @contextmanager
     def clustered(self) -> Iterator[Clustered]:
@@ -110,7 +113,7 @@ class SemanticRun:
         folder = self.clusters_folder()
         options = self.work.source.storage_options
         with run_lock(folder, "dedup", options):
-            begin(folder, {"operator": "clustering", "token": self.clusters_token()}, options, named_by_user=False)
+            begin(folder, {"operator": "clustering", "token": self.clusters_token}, options, named_by_user=False)
             yield cluster(self.work, folder, self.clustering)
 
     def sweep(self, clustered: Clustered, eps: Sequence[float]) -> list[SweepPoint]:

@@ -56,7 +56,7 @@ class Patterns:
 class Winners:
     """For each row of the multiplier's block and each threshold, the largest canonical cosine so far, and whose it is.
 
-    Tiles must come in ascending order of their rows: of equal cosines the first wins.
+    Tiles come in ascending order of their rows: where a row's best is 1, no later one can win.
 
     Parameters
     ----------
@@ -99,8 +99,6 @@ class Winners:
                 if sum(len(part.rows) for part in self._pending) > PAIRS_A_ROW * self.best.shape[1]:
                     self.finish()
                 return
-        # What is pending comes before this tile: at a cosine of 1 already, later rows are not even looked at.
-        self.finish()
         product = tile.product(torch.float64)
         maxima = group_maxima(product)
         least = {span.pattern: self._least(span.pattern) for span in tile.columns.spans}

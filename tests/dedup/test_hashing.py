@@ -16,7 +16,7 @@ from dask.base import tokenize
 from PIL import Image
 
 from nemo_image import schema
-from nemo_image.datasets import ImageTextPairDataset
+from nemo_image.datasets import ImageTextPairDataset, shard_pass
 from nemo_image.dedup import hashing
 from nemo_image.dedup.hashing import ContentHash, PerceptualHash
 from nemo_image.engine.threads import local_share
@@ -236,6 +236,37 @@ def test_a_shard_that_cannot_be_read_leaves_the_others(tmp_path: Path, which: in
     with pytest.raises(RunError, match=r"b\.tar"):
         hashed(dataset, function).save_metadata(tmp_path / "out")
     assert not (tmp_path / "out" / "b.parquet").exists()
+
+
+def test_reasons_stand_beside_their_rows(tmp_path: Path) -> None:
+    dataset = load(make_dataset(tmp_path, {"a": 3, "b": 2}))
+    frame = pd.DataFrame({"shard": ["b", "b", "a", "a"], "key": ["000003", "no b", "no a", "000001"]})
+    for function in functions(dataset):
+        made = function(frame)
+        assert made[function.column].notna().tolist() == [True, False, False, True]
+        assert made[schema.IMAGE_ERROR].dropna().to_dict() == {
+            1: "missing: b.tar has no sample with key 'no b'",
+            2: "missing: a.tar has no sample with key 'no a'",
+        }
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_in_windows(tmp_path: Path, which: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = load(make_dataset(tmp_path / "in", {"a": 5}))
+    function = functions(dataset)[which]
+    expected = values(dataset, function)[0]
+    lengths: list[int] = []
+    hash_rows = type(function)._hash_rows
+
+    def noted(self: Any, shard: str, ids: Sequence[Any]) -> Any:
+        lengths.append(len(ids))
+        return hash_rows(self, shard, ids)
+
+    monkeypatch.setattr(type(function), "_hash_rows", noted)
+    monkeypatch.setattr(shard_pass, "WINDOW_ROWS", 2)
+    saved = hashed(dataset, function).save_metadata(tmp_path / "out")
+    assert lengths == [2, 2, 1]
+    assert saved.metadata[function.column].compute().tolist() == expected
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 from nemo_image import backend
 from nemo_image.dedup import kmeans, nearest
 from nemo_image.dedup.kmeans import START_ROWS, TOLERANCE, fit_kmeans, kmeans_start, lloyd
-from nemo_image.engine.threads import local_share
+from nemo_image.engine.threads import local_share, torch_threads
 from nemo_image.errors import ArgumentError, MissingDependencyError
 
 Floats = np.ndarray
@@ -126,6 +127,9 @@ def test_fewer_distinct_rows_than_clusters() -> None:
     rows = distinct[np.random.default_rng(0).integers(0, 5, 3000)]
     found = fit_kmeans(rows, 9, max_iter=20, random_state=0)
     assert {one.tobytes() for one in found} == {one.tobytes() for one in distinct}
+    # No row is far from its centroid: an empty cluster's stays where it began.
+    start = distinct[[0, 1, 2, 3, 4, 3, 1]]
+    assert (lloyd(rows, start, 5) == start).all()
 
 
 def test_one_row_and_a_cluster_for_each() -> None:
@@ -166,6 +170,20 @@ def test_threads_do_not_show(data: str) -> None:
         with local_share(threads), threadpool_limits(1 + threads % 2):
             found.add(lloyd(rows, start, 6).tobytes())
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_each_chunk_has_one_thread(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that torch cannot cut a product otherwise on another machine."""
+    rows = groups(20_000, 16, 5, 1.0)
+    before, seen = torch.get_num_threads(), set()
+    whole = kmeans._blocks
+    monkeypatch.setattr(kmeans, "_blocks", lambda part: seen.add(torch.get_num_threads()) or whole(part))
+    with torch_threads(2), local_share(threads):
+        lloyd(rows, rows[:5], 1)
+        assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == before
+    assert seen == {1}
 
 
 FIT = """

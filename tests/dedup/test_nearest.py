@@ -97,6 +97,15 @@ def test_equal_centroids_give_the_lowest_number() -> None:
     assert nearest_centroids(between, np.eye(3, dtype=np.float32), 3)[0].tolist() == [[0, 1, 2], [1, 2, 0]]
 
 
+def test_what_float64_cannot_tell_is_equal() -> None:
+    """A difference of 1e-20, which the differences from the mean still show."""
+    centroids = np.array([[0.5, 0], [0.5, 1e-20]], np.float32)
+    vectors = np.ones((1, 2), np.float32)
+    for pair in (centroids, centroids[::-1]):
+        assert nearest_centroids(vectors, pair)[0].tolist() == [[0]]
+        assert nearest_centroids(vectors, pair, 2)[0].tolist() == [[0, 1]]
+
+
 def test_longer_centroids_reach_farther() -> None:
     """A cluster of spread rows has a short mean: the nearest centroid is not the one of the greatest cosine."""
     centroids = np.array([[0.9, 0.1], [0.05, 0.05]], np.float32)
