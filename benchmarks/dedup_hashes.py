@@ -3,9 +3,9 @@
     python -m benchmarks.dedup_hashes --rows 100000 1000000 --photos some/folder
 
 The hashes of the first table are random; 30% of the rows are copies of others, with up to `max_distance` bits flipped.
-Every such pair must be found. Each line is measured in a process of its own (Linux): seconds of `near_hashes`, and how far
-its peak memory is above what the process, with the hashes, took before. The other tables compare JPEG photographs with
-changed copies of themselves, and with each other.
+Every such pair must be found. Each line is measured in a process of its own (on Linux): the seconds of `near_hashes`,
+and how far its peak memory is above what the process, with the hashes, took before. The other tables compare JPEG
+photographs with changed copies of themselves, and with each other.
 """
 
 from __future__ import annotations

@@ -45,7 +45,8 @@ def full_matrix(rows: np.ndarray) -> torch.Tensor:
     """Return each row's largest cosine to an earlier one, by the matrix of all."""
     vectors = torch.from_numpy(rows)
     units = vectors / vectors.norm(dim=1, keepdim=True)
-    return (units @ units.T).triu_(1).max(dim=0).values
+    products: torch.Tensor = units @ units.T
+    return products.triu_(1).max(dim=0).values
 
 
 def jobs(rows: np.ndarray) -> dict[str, Callable[[], object]]:

@@ -198,7 +198,14 @@ def test_run_curates_and_a_second_run_takes_over(
         row["key"] for row in enriched if row["image_error"] is not None
     ]
     curated = rows_of(tmp_path / "curated")
-    passed = [row for row in enriched if row["confidence"] is not None and row["confidence"] > run.LEAST_CONFIDENCE]
+    copies = {
+        row["key"]: row["duplicate_of"] for row in rows_of(tmp_path / "enriched-copies" / "duplicate_ids.parquet")
+    }
+    confidence = {row["key"]: row["confidence"] for row in enriched}
+    assert copies
+    assert all(confidence[copy] <= confidence[twin] for copy, twin in copies.items())
+    unique = [row for row in enriched if row["confidence"] is not None and row["key"] not in copies]
+    passed = [row for row in unique if row["confidence"] > run.LEAST_CONFIDENCE]
     assert sorted(row["original_key"] for row in curated) == sorted(row["key"] for row in passed)
 
     classify = timms_own(weights_file)
@@ -206,13 +213,14 @@ def test_run_curates_and_a_second_run_takes_over(
     good = [row for row in enriched if row["image_error"] is None]
     for row in good[:12]:
         picture = ImageOps.exif_transpose(Image.open(io.BytesIO(image_of(stored[row["key"]])))).convert("RGB")
-        label, confidence = classify(picture)
-        assert row["confidence"] == pytest.approx(confidence, abs=0.02)
+        label, sureness = classify(picture)
+        assert row["confidence"] == pytest.approx(sureness, abs=0.02)
         # Where two classes are about as likely, rounding may choose.
-        assert row["label"] == label or confidence < 0.3
+        assert row["label"] == label or sureness < 0.3
 
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.suffix in (".tar", ".parquet")}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.[tp]ar*") if path.is_file()}
     assert run.main(["--folder", str(tmp_path), "--samples", str(SAMPLES)]) == 0
+    assert before
     assert {path: path.read_bytes() for path in before} == before
 
 

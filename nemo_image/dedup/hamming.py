@@ -6,11 +6,12 @@ compared with again.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from nemo_image.dedup.multi_index import BITS, Hashes, Rows, near_pairs, popcount, spread
 from nemo_image.errors import ArgumentError
@@ -22,22 +23,33 @@ _PAIRS_A_ROW = 4  # kept in memory at once, of more rows
 _PAIRS_AT_ONCE = 2**18
 _NONE = np.iinfo(np.int64).max
 _LOW = 0xFFFFFFFF
-_HEX = re.compile("[0-9a-fA-F]{16}")
+_HEX = "^[0-9a-fA-F]{16}$"
+_TEXTS_AT_ONCE = 2**18
 
 
-def hashes_from_hex(texts: Iterable[str]) -> Hashes:
+def hashes_from_hex(texts: pa.Array | pa.ChunkedArray | Sequence[str]) -> Hashes:
     """Return hashes that are written in 16 hexadecimal digits, as imagehash writes them.
+
+    Parameters
+    ----------
+    texts : array of strings, or sequence of str
+        Without nulls.
 
     Raises
     ------
     ArgumentError
         If a text is something else.
     """
-    texts = list(texts)
-    for text in texts:
-        if not isinstance(text, str) or _HEX.fullmatch(text) is None:
-            raise ArgumentError(f"{text!r} is no 64-bit hash: 16 hexadecimal digits are needed")
-    return np.frombuffer(bytes.fromhex("".join(texts)), ">u8").astype(np.uint64)
+    column = texts if isinstance(texts, pa.Array | pa.ChunkedArray) else pa.array(texts, pa.string())
+    hashes = np.empty(len(column), np.uint64)
+    for start in range(0, len(column), _TEXTS_AT_ONCE):
+        part = column.slice(start, _TEXTS_AT_ONCE)
+        odd = part.filter(pc.invert(pc.fill_null(pc.match_substring_regex(part, _HEX), False)))
+        if len(odd):
+            raise ArgumentError(f"{odd[0].as_py()!r} is no 64-bit hash: 16 hexadecimal digits are needed")
+        digits = bytes.fromhex("".join(part.to_pylist()))
+        hashes[start : start + len(part)] = np.frombuffer(digits, ">u8")
+    return hashes
 
 
 def near_hashes(

@@ -190,7 +190,7 @@ class _Judges:
         multiplier, indices = self._multiplier, square.columns.indices
         if self._single:
             product = square.product(torch.float32)
-            floor = np.where(rows, self._limits.min() - single_bound(multiplier.size), np.inf)
+            floor = np.where(rows, float(self._limits.min()) - single_bound(multiplier.size), np.inf)
             pairs = pairs_above(product, group_maxima(product), square.columns, {0: floor})
             if pairs is not None:
                 cosines = multiplier.canonical(pairs.rows, pairs.others)

@@ -124,7 +124,8 @@ class Winners:
     def _floor(self, pattern: int) -> Doubles:
         """Return the least float32 product with which a row of `pattern` may still win, by row of the block."""
         members = self._patterns.members[pattern]
-        floor = np.maximum(self._top[members] - 2 * self._single_bound, self.best[members] - self._single_bound)
+        best = self.best[members].astype(np.float64)
+        floor = np.maximum(self._top[members] - 2 * self._single_bound, best - self._single_bound)
         return np.asarray(floor.min(0))
 
     def _least(self, pattern: int) -> Floats:

@@ -9,6 +9,7 @@ from typing import Any
 import imagehash
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -292,18 +293,23 @@ def test_spreading_keeps_distances() -> None:
 # ------------------------------------------------------------------------------------------------------ hexadecimal
 
 
-def test_hexadecimal_as_imagehash_writes_it() -> None:
+def test_hexadecimal_as_imagehash_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hamming, "_TEXTS_AT_ONCE", 7)
     bits = np.random.default_rng(0).random((20, 8, 8)) < 0.5
     texts = [str(imagehash.ImageHash(one)) for one in bits]
     hashes = hashes_from_hex(texts)
     assert hashes.dtype == np.uint64
     assert hashes.tolist() == [int(text, 16) for text in texts]
+    for column in (pa.array(texts, pa.large_string()), pa.chunked_array([texts[:3], [], texts[3:]], pa.string())):
+        assert hashes_from_hex(column).tolist() == hashes.tolist()
     for (one, other), (first, second) in zip(product(bits[:5], bits), product(hashes[:5], hashes), strict=True):
-        assert int(popcount(first ^ second)) == imagehash.ImageHash(one) - imagehash.ImageHash(other)
+        assert int(first ^ second).bit_count() == imagehash.ImageHash(one) - imagehash.ImageHash(other)
     assert hashes_from_hex([]).tolist() == []
 
 
-@pytest.mark.parametrize("odd", ["", "12", "0" * 17, "0123456789abcdeg", "0x23456789abcdef", " 123456789abcdef", None])
+@pytest.mark.parametrize(
+    "odd", ["", "12", "0" * 17, "0123456789abcdeg", "0x23456789abcdef", " 123456789abcdef", "0123456789abcdef\n", None]
+)
 def test_what_is_no_hash(odd: Any) -> None:
     with pytest.raises(ArgumentError, match="is no 64-bit hash"):
         hashes_from_hex(["0" * 16, odd])
