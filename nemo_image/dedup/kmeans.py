@@ -31,11 +31,11 @@ _BLOCK = 512
 Labels = npt.NDArray[np.int32]
 
 
-class _Sums(NamedTuple):
-    """What a chunk of rows gives: each row's cluster, and the sums of the rows of each cluster present."""
+class _Moves(NamedTuple):
+    """What a chunk of rows gives: each row's cluster, and what rows that changed it add to clusters' sums."""
 
     labels: Labels
-    present: Integers
+    clusters: Integers
     sums: Doubles
 
 
@@ -119,9 +119,9 @@ def kmeans_start(rows: Floats, n_clusters: int, random_state: int) -> Floats:
 def lloyd(sample: Floats, start: Floats, max_iter: int, tolerance: float = TOLERANCE) -> Floats:
     """Move centroids to the means of their rows until they stay, or `max_iter` times.
 
-    Rows are added up in float64 in chunks that do not depend on the number of threads, each by one thread, and the
-    chunks' sums in the order of the rows; so neither do the centroids' bits. A cluster that loses all its rows is
-    given the row that lies farthest from its own centroid, as in scikit-learn.
+    A row that changes its cluster is added to one sum and taken from another, in float64; in chunks that do not depend
+    on the number of threads, each by one thread, and the chunks in their order: so neither do the centroids' bits. A
+    cluster that loses all its rows is given the row that lies farthest from its own centroid, as in scikit-learn.
 
     Parameters
     ----------
@@ -137,39 +137,47 @@ def lloyd(sample: Floats, start: Floats, max_iter: int, tolerance: float = TOLER
     """
     workers = task_share()
     centroids = start.astype(np.float64)
+    # Before the first iteration all rows are in a cluster of its own, the last.
+    labels = np.full(len(sample), len(start), np.int32)
+    sums = np.zeros((len(start) + 1, start.shape[1]))
     least_shift = 0.0
     for iteration in range(max_iter):
-        labels, sums = _assign_all(sample, centroids, workers)
+        labels = _assign_all(sample, centroids, labels, sums, workers)
         if iteration == 0:
-            least_shift = tolerance * _mean_variance(sums.sum(axis=0) / len(sample))
-        moved = _means(sample, labels, sums, centroids)
+            least_shift = tolerance * _mean_variance(sums[:-1].sum(axis=0) / len(sample))
+        moved = _means(sample, labels, sums[:-1], centroids)
         shift = float(((moved - centroids) ** 2).sum())
         centroids = moved
-        # 0 where no row changed its cluster: the same rows have the same sum to the last bit.
+        # 0 where no row changed its cluster.
         if shift <= least_shift:
             break
     return centroids.astype(np.float32)
 
 
-class _AddChunk:
-    """Assigns the rows of a chunk to their centroids, and adds them up."""
+class _MoveChunk:
+    """Assigns the rows of a chunk to their centroids, and adds up those that change their cluster."""
 
-    def __init__(self, sample: Floats, centroids: Doubles) -> None:
+    def __init__(self, sample: Floats, centroids: Doubles, before: Labels) -> None:
         self._sample = sample
         self._scores = Scores(centroids, "cpu")
+        self._before = before
 
-    def __call__(self, start: int) -> _Sums:
+    def __call__(self, start: int) -> _Moves:
         """Take the chunk that begins at row `start`."""
-        rows = self._sample[start : start + _CHUNK]
+        rows, before = self._sample[start : start + _CHUNK], self._before[start : start + _CHUNK]
         labels = np.concatenate([self._nearest(part) for part in _blocks(rows)])
-        present, places = np.unique(labels, return_inverse=True)
-        sums = torch.zeros(len(present), rows.shape[1], dtype=torch.float64)
+        moved = np.flatnonzero(labels != before)
+        clusters, places = np.unique(np.concatenate([labels[moved], before[moved]]), return_inverse=True)
+        sums = torch.zeros(len(clusters), rows.shape[1], dtype=torch.float64)
         # Fresh memory of this size is mapped anew each time, which takes longer than the sum.
-        doubles = np.empty((min(_BLOCK, len(rows)), rows.shape[1]))
-        for part, place in zip(_blocks(rows), _blocks(places), strict=True):
-            np.copyto(doubles[: len(part)], part)
-            sums.index_add_(0, torch.from_numpy(place), torch.from_numpy(doubles[: len(part)]))
-        return _Sums(labels, present, sums.numpy())
+        doubles = np.empty((min(_BLOCK, len(moved)), rows.shape[1]))
+        parts = (_blocks(one) for one in (moved, places[: len(moved)], places[len(moved) :]))
+        for part, to, gone in zip(*parts, strict=True):
+            there = doubles[: len(part)]
+            there[:] = rows[part]
+            sums.index_add_(0, torch.from_numpy(to), torch.from_numpy(there))
+            sums.index_add_(0, torch.from_numpy(gone), torch.from_numpy(there), alpha=-1)
+        return _Moves(labels, clusters, sums.numpy())
 
     def _nearest(self, rows: Floats) -> Labels:
         """Return the best centroid of each row; of equal ones the lowest."""
@@ -186,17 +194,16 @@ class _AddChunk:
         return labels
 
 
-def _assign_all(sample: Floats, centroids: Doubles, workers: int) -> tuple[Labels, Doubles]:
-    """Return each row's cluster, and the sum of each cluster's rows, shape (k, size)."""
-    sums = np.zeros_like(centroids)
-    labels = np.empty(len(sample), np.int32)
+def _assign_all(sample: Floats, centroids: Doubles, before: Labels, sums: Doubles, workers: int) -> Labels:
+    """Return each row's cluster, and bring the sums of the clusters up to date."""
+    labels = np.empty_like(before)
     starts = range(0, len(sample), _CHUNK)
     with torch_threads(1):
-        chunks = map_in_order(_AddChunk(sample, centroids), starts, workers, lambda: set_own_torch_threads(1))
+        chunks = map_in_order(_MoveChunk(sample, centroids, before), starts, workers, lambda: set_own_torch_threads(1))
         for start, chunk in zip(starts, chunks, strict=True):
             labels[start : start + _CHUNK] = chunk.labels
-            sums[chunk.present] += chunk.sums
-    return labels, sums
+            sums[chunk.clusters] += chunk.sums
+    return labels
 
 
 def _means(sample: Floats, labels: Labels, sums: Doubles, centroids: Doubles) -> Doubles:
@@ -204,6 +211,7 @@ def _means(sample: Floats, labels: Labels, sums: Doubles, centroids: Doubles) ->
     counts = np.bincount(labels, minlength=len(centroids))
     empty = np.flatnonzero(counts == 0)
     if len(empty):
+        sums = sums.copy()
         distances = _squared_distances(sample, labels, centroids)
         farthest = np.argsort(-distances, kind="stable")[: len(empty)]
         for cluster, row in zip(empty, farthest[distances[farthest] > 0], strict=False):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -19,10 +21,12 @@ from nemo_image import schema
 from nemo_image.datasets import ImageTextPairDataset, shard_pass
 from nemo_image.dedup import hashing
 from nemo_image.dedup.hashing import ContentHash, PerceptualHash
+from nemo_image.engine.decoding import isolated, pool
+from nemo_image.engine.isolation import isolate
 from nemo_image.engine.threads import local_share
 from nemo_image.errors import ArgumentError, MissingDependencyError, RunError
 from nemo_image.shards.decode import decode_pillow
-from tests.makers import encoded, make_dataset, picture, tar_members, write_rows, write_tar
+from tests.makers import encoded, make_dataset, picture, sample, tar_members, write_rows, write_tar
 
 OPERATORS = {"phash": imagehash.phash, "dhash": imagehash.dhash, "ahash": imagehash.average_hash}
 STRING = schema.arrow_dtype("string")
@@ -308,6 +312,60 @@ def test_no_rows(tmp_path: Path) -> None:
     dataset.metadata = dataset.metadata[dataset.metadata["score"] > 9]
     for function in functions(dataset):
         assert values(dataset, function) == [[], []]
+
+
+# --------------------------------------------------------------------------------------------- crashing and hanging
+
+
+def odd_hasher(flag: Path) -> type:
+    """Return a hasher that does what a picture's tail says. It is local, so that a child process gets it by value."""
+    name, plain = str(flag), hashing.Hasher
+
+    class Odd:
+        def __init__(self, *settings: Any) -> None:
+            self.inner = plain(*settings)
+
+        def __call__(self, blobs: Sequence[bytes | None]) -> Any:
+            def act(row: int) -> None:
+                blob = blobs[row] or b""
+                if blob.endswith(b"segfault"):
+                    ctypes.string_at(0)
+                while blob.endswith(b"hangs") and os.path.exists(name):
+                    threading.Event().wait(0.01)
+
+            pool.for_each_row(act, len(blobs), 2)
+            return self.inner(blobs)
+
+    return Odd
+
+
+@pytest.mark.parametrize(
+    ("tail", "reason"),
+    [(b"segfault", "crashed: the decoder ended with SIGSEGV"), (b"hangs", "hung: no result within 5 s")],
+)
+def test_a_picture_costs_itself_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tail: bytes, reason: str) -> None:
+    samples = [sample(seed, f"{seed:06d}") for seed in range(5)]
+    samples[2][1]["jpg"] += tail
+    write_tar(tmp_path / "a.tar", samples)
+    write_rows(tmp_path / "a.parquet", {"key": [key for key, _ in samples]})
+    source = load(tmp_path).source
+    frame = pd.DataFrame({"shard": ["a"] * 5, "key": [key for key, _ in samples]})
+    expected = [None if seed == 2 else str(imagehash.phash(picture_of(samples[seed][1]["jpg"]))) for seed in range(5)]
+    flag = tmp_path / "hangs"
+    flag.touch()
+    monkeypatch.setattr(hashing, "Hasher", odd_hasher(flag))
+    monkeypatch.setattr(pool, "SECONDS_A_PICTURE", 1.0)
+    monkeypatch.setattr(isolated, "SECONDS_A_PICTURE", 5.0)
+    try:
+        if tail == b"segfault":
+            with isolate():  # as a task is tried again after its process died
+                made = PerceptualHash(source)(frame)
+        else:
+            made = PerceptualHash(source)(frame)
+    finally:
+        flag.unlink()
+    assert [None if value is pd.NA else value for value in made["image_phash"]] == expected
+    assert made[schema.IMAGE_ERROR].dropna().to_dict() == {2: reason}
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments

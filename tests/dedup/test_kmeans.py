@@ -89,17 +89,18 @@ def test_near_copies_are_told_apart() -> None:
     assert (units.argmax(1) != wanted).any()
 
 
-@pytest.mark.parametrize("tol", [0.0, 3e-2])
+@pytest.mark.parametrize("tol", [0.0, 1e-3])
 def test_iterations_end_as_scikit_learn(tol: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop ends where rows stay, or where centroids move less than the tolerance."""
-    rows = groups(5000, 16, 4, 1.0)
+    # All in one direction: the variance, which scales the tolerance, is a sixth of that of rows around 0.
+    rows = unit(groups(5000, 16, 4, 1.0) + 0.5)
     start = rows[:5]
     wanted = reference(rows, start, 1000, tol)
     calls = []
     whole = kmeans._assign_all
     monkeypatch.setattr(kmeans, "_assign_all", lambda *settings: calls.append(1) or whole(*settings))
     found = lloyd(rows, start, 1000, tolerance=tol)
-    assert 2 < len(calls) == wanted.n_iter_
+    assert 15 < len(calls) == wanted.n_iter_
     assert tol == 0 or wanted.n_iter_ < reference(rows, start, 1000, 0).n_iter_
     np.testing.assert_allclose(found, wanted.cluster_centers_, atol=1e-5)
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from nemo_image.embedders.preprocess import pool
-from nemo_image.embedders.preprocess.pool import DecoderStalledError, call_in_thread, for_each_row
+from nemo_image.engine.decoding import pool
+from nemo_image.engine.decoding.pool import DecoderStalledError, call_in_thread, for_each_row
 
 BRIEFLY = 0.2
 """Seconds; the rows that must not run out of them end at once."""
@@ -147,7 +147,7 @@ def test_time_in_the_queue_does_not_count() -> None:
 def test_a_hanging_thread_does_not_keep_the_process() -> None:
     code = (
         "import threading\n"
-        "from nemo_image.embedders.preprocess.pool import DecoderStalledError, call_in_thread, for_each_row\n"
+        "from nemo_image.engine.decoding.pool import DecoderStalledError, call_in_thread, for_each_row\n"
         "try:\n"
         "    for_each_row(lambda row: threading.Event().wait(), 1, 2, seconds=0.2)\n"
         "except DecoderStalledError:\n"

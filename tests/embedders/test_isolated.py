@@ -27,12 +27,10 @@ from nemo_image.embedders.preprocess import (
     Preprocessor,
     PreprocessSpec,
     TorchvisionPreprocessor,
-    isolated,
     make_preprocessor,
-    pool,
-    server,
     start_ahead,
 )
+from nemo_image.engine.decoding import isolated, pool, server
 from nemo_image.engine.isolation import isolate
 from nemo_image.errors import ArgumentError, ShardError
 from tests.makers import TINY_MODEL, encoded, make_dataset, picture, sample, write_rows, write_tar

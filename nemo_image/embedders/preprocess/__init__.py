@@ -17,9 +17,9 @@ from nemo_image.embedders.preprocess.choose import PreprocessDecoder, make_prepr
 from nemo_image.embedders.preprocess.convert import spec_from_transform
 from nemo_image.embedders.preprocess.isolated import GuardedPreprocessor, IsolatedPreprocessor
 from nemo_image.embedders.preprocess.pillow_path import PillowPreprocessor
-from nemo_image.embedders.preprocess.server import start_ahead
 from nemo_image.embedders.preprocess.spec import PreprocessSpec, ResizePlan
 from nemo_image.embedders.preprocess.torchvision_path import TorchvisionPreprocessor
+from nemo_image.engine.decoding.server import start_ahead
 
 __all__ = [
     "GuardedPreprocessor",

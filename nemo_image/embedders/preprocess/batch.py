@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from nemo_image.embedders.preprocess.pool import for_each_row
 from nemo_image.embedders.preprocess.spec import PreprocessSpec, ResizePlan
+from nemo_image.engine.decoding.pool import for_each_row
 from nemo_image.errors import ImageError
 from nemo_image.shards.decode import ImageHeader
 
@@ -39,6 +39,15 @@ class PreprocessedBatch:
     widths: list[int | None]
     heights: list[int | None]
     normalized: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As an array: a tensor's own pickle shares memory through files.
+        pixels = self.pixels.cpu().contiguous().numpy()
+        return _from_array, (pixels, self.rows, self.errors, self.widths, self.heights, self.normalized)
+
+
+def _from_array(pixels: Any, *fields: Any) -> PreprocessedBatch:
+    return PreprocessedBatch(torch.from_numpy(pixels), *fields)
 
 
 class Preprocessor(Protocol):

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from nemo_image.embedders.preprocess import wire
+from nemo_image.engine.decoding import wire
 from nemo_image.errors import ShardError
 
 SECONDS_TO_START = 300.0
@@ -26,7 +26,8 @@ IDLE_SECONDS = 60.0
 """How long a server is kept for the next who needs one: it takes seconds to start, and half a GiB."""
 
 _START = (
-    "import sys; sys.path[:] = {path!r}; from nemo_image.embedders.preprocess.child import main; main({descriptor})"
+    "import sys; sys.path[:] = {path!r}; from nemo_image.engine.decoding.child import main; "
+    "main({descriptor}, {modules!r})"
 )
 
 
@@ -57,7 +58,9 @@ class DecodeServer:
         self._ready = False
         self._channel: socket.socket | None = None
         self._lock = threading.Lock()
-        code = _START.format(path=[one for one in sys.path if isinstance(one, str)], descriptor=theirs.fileno())
+        path = [one for one in sys.path if isinstance(one, str)]
+        modules = [name for name in list(sys.modules) if name.startswith("nemo_image.")]  # decoders are of these
+        code = _START.format(path=path, descriptor=theirs.fileno(), modules=modules)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", code],
@@ -74,12 +77,12 @@ class DecodeServer:
         return self._pid == os.getpid() and self._process.poll() is None
 
     def ask(self, pickled: bytes, memory: int, blobs: Sequence[bytes | None], seconds: float) -> tuple[str, Any]:
-        """Have the present decoder preprocess a batch, or a new one if there is none.
+        """Have the present decoder decode a batch, or a new one if there is none.
 
         Parameters
         ----------
         pickled : bytes
-            The preprocessor of a new decoder.
+            The function that a new decoder calls.
         memory : int
             Bytes that a new decoder may allocate.
         seconds : float
@@ -88,8 +91,7 @@ class DecodeServer:
         Returns
         -------
         kind, value
-            ``"batch"`` and the fields of a `PreprocessedBatch`, ``"memory"``, ``"hung"``, or ``"error"`` and the
-            exception.
+            ``"batch"`` and what the function returned, ``"memory"``, ``"hung"``, or ``"error"`` and the exception.
 
         Raises
         ------
@@ -132,6 +134,18 @@ class DecodeServer:
         self._channel, theirs = socket.socketpair()
         with theirs:
             wire.send(self._control, (pickled, memory), theirs.fileno())
+        # The function may have to be imported first, which is no picture's fault.
+        self._control.settimeout(SECONDS_TO_START)
+        try:
+            failure: str | None = wire.receive(self._control)
+        except TimeoutError:
+            failure = f"it is not ready after {SECONDS_TO_START:g} s"
+        if failure is not None:
+            self._channel.close()
+            self._channel = None
+            self._process.kill()
+            raise ShardError(f"no decoder can be started in a child process: {failure}")
+        self._control.settimeout(None)
         return self._channel
 
     def _await_start(self) -> None:
@@ -157,11 +171,9 @@ class DecodeServer:
         self._channel = None
         try:
             wire.send(self._control, "end")
-            status: int | str = wire.receive(self._control)
+            status: int = wire.receive(self._control)
         except (EOFError, OSError):
             return self._process.wait()  # the child process died first, and its decoder with it
-        if isinstance(status, str):
-            raise ShardError(f"no decoder can be started in a child process: {status}")
         return status
 
 

@@ -1,7 +1,7 @@
 """What runs in the child process of a `DecodeServer`: it forks a decoder whenever it is asked to.
 
-The server itself decodes nothing, so no picture can crash or hang it. It imports torch once, which takes seconds; a
-fork of it takes some 30 ms, so that each suspicious picture can have a process of its own.
+The server itself decodes nothing, so no picture can crash or hang it. It imports what decoders need once, which takes
+seconds; a fork of it takes some 30 ms, so that each suspicious picture can have a process of its own.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 import os
 import pickle
 import resource
@@ -16,25 +17,34 @@ import signal
 import socket
 import traceback
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nemo_image.embedders.preprocess import wire
-from nemo_image.embedders.preprocess.batch import PreprocessedBatch, Preprocessor
-from nemo_image.embedders.preprocess.pool import DecoderStalledError
+from nemo_image.engine.decoding import wire
+from nemo_image.engine.decoding.pool import DecoderStalledError
+
+Decode = Callable[[list[bytes | None]], Any]
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
-def main(descriptor: int) -> None:
+def main(descriptor: int, modules: Sequence[str]) -> None:
     """Serve until the other end of the socket is closed, which happens when its process ends, however it ends.
 
-    For each request, ``(pickled preprocessor, bytes of memory)`` with the descriptor of a socket, a decoder is forked
-    that answers on that socket. The next message ends it; its wait status goes back, or a text where none began.
+    For each request, ``(pickled function, bytes of memory)`` with the descriptor of a socket, a decoder is forked that
+    answers on that socket. None goes back when it has begun, or a text where it could not. The next message ends it;
+    its wait status goes back.
+
+    Parameters
+    ----------
+    modules : sequence of str
+        What to import first; not all of it may be there.
     """
-    with contextlib.suppress(ImportError):
-        # What the first picture would import, and every fork again.
-        import torchvision.transforms.v2.functional  # noqa: F401
+    # The last is what the first picture would import, and every fork again.
+    for name in (*modules, "torchvision.transforms.v2.functional"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     control = socket.socket(fileno=descriptor)
     loaded: tuple[bytes, Any] = (b"", None)
     gc.freeze()  # so that the forks' collectors leave the shared pages alone
@@ -48,10 +58,10 @@ def main(descriptor: int) -> None:
                 decoder = _fork(control, channel, loaded[1], memory)
             except Exception as error:
                 os.close(channel)
-                wire.receive(control)
                 wire.send(control, f"{type(error).__name__}: {error}")
                 continue
             os.close(channel)
+            wire.send(control, None)
             try:
                 wire.receive(control)
             finally:
@@ -60,7 +70,7 @@ def main(descriptor: int) -> None:
             wire.send(control, status)
 
 
-def _fork(control: socket.socket, channel: int, preprocessor: Preprocessor, memory: int) -> int:
+def _fork(control: socket.socket, channel: int, decode: Decode, memory: int) -> int:
     server = os.getpid()
     with warnings.catch_warnings():
         # Python warns of forking with threads: those of libraries (Arrow's) that decoders do not use.
@@ -71,7 +81,7 @@ def _fork(control: socket.socket, channel: int, preprocessor: Preprocessor, memo
     try:
         control.close()
         _restrict(server, memory)
-        _decode(socket.socket(fileno=channel), preprocessor)
+        _serve(socket.socket(fileno=channel), decode)
     except BaseException:
         traceback.print_exc()
     os._exit(1)
@@ -96,19 +106,19 @@ def _private_bytes() -> int:
     return int(status.partition("VmData:")[2].split()[0]) * 1024
 
 
-def _decode(channel: socket.socket, preprocessor: Preprocessor) -> NoReturn:
+def _serve(channel: socket.socket, decode: Decode) -> NoReturn:
     while True:
         try:
             blobs = wire.receive(channel)
         except (EOFError, ConnectionError):
             os._exit(0)
-        wire.send(channel, _answer(preprocessor, blobs))
+        wire.send(channel, _answer(decode, blobs))
 
 
-def _answer(preprocessor: Preprocessor, blobs: list[bytes | None]) -> tuple[str, Any]:
+def _answer(decode: Decode, blobs: list[bytes | None]) -> tuple[str, Any]:
     """Return what became of a batch: ``batch``, ``memory``, ``hung`` or ``error``, and its value."""
     try:
-        return "batch", _packed(preprocessor(blobs))
+        return "batch", decode(blobs)
     except DecoderStalledError:
         return "hung", None
     except Exception as error:
@@ -119,8 +129,3 @@ def _answer(preprocessor: Preprocessor, blobs: list[bytes | None]) -> tuple[str,
         except Exception:  # an exception of a library, with a constructor of its own
             error = RuntimeError(f"{type(error).__name__}: {error}")
         return "error", error
-
-
-def _packed(batch: PreprocessedBatch) -> tuple[Any, ...]:
-    pixels = batch.pixels.cpu().contiguous().numpy()
-    return pixels, batch.rows, batch.errors, batch.widths, batch.heights, batch.normalized
