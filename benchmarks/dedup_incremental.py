@@ -2,8 +2,8 @@
 
     python -m benchmarks.dedup_incremental --rows 20000
 
-Both ways use the same centroids and ``representative=True``. A third of the rows are near copies of others, which lie in
-any shard.
+Both ways use the same centroids and ``representative=True``. A third of the rows are near copies of others, which lie
+in any shard.
 """
 
 from __future__ import annotations

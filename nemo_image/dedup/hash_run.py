@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,8 @@ KEY = "image_key"
 DISTANCE = "hash_distance"
 """Bits in which a row's hash differs from that of the row whose copy it is."""
 
-Solve = Callable[[pa.Table], tuple[Any, dict[str, Any]]]
+FLAT = np.array([0, 2**63], np.uint64)
+"""The hashes of pictures of one colour, whatever colour that is."""
 
 
 @dataclass(frozen=True)
@@ -232,8 +233,7 @@ class SolveHashes:
         if self.settings.max_distance is None:
             twin, distance = _first_equal(table), None
         else:
-            keys = hashes_from_hex(table[KEY].to_pylist())
-            distance, twin = near_hashes(keys, self.settings.max_distance)
+            distance, twin = _nearest(hashes_from_hex(table[KEY]), self.settings.max_distance)
         take = pa.array(twin, mask=twin < 0)
         found = {
             "row": table["row"],
@@ -246,6 +246,17 @@ class SolveHashes:
             found[DISTANCE] = pa.array(distance.astype(np.int32), mask=twin < 0)
         self.sink(number, pa.table(found))
         return len(table)
+
+
+def _nearest(hashes: Hashes, max_distance: int) -> tuple[Any, Any]:
+    """Return distance and twin of each row; hashes that tell nothing of a picture have no twin, and are none."""
+    told = np.flatnonzero(~np.isin(hashes, FLAT))
+    distance = np.full(len(hashes), -1, np.int16)
+    twin = np.full(len(hashes), -1, np.int64)
+    near, which = near_hashes(hashes[told], max_distance)
+    distance[told] = near
+    twin[told] = np.where(which < 0, -1, told[which])
+    return distance, twin
 
 
 def _first_equal(table: pa.Table) -> Any:

@@ -23,7 +23,8 @@ class PerceptualDedup:
     """Removes rows whose picture has nearly the same perceptual hash as one that is kept: recompressed, resized copies.
 
     Needs no embeddings. Hashes have 64 bits; pairs within `max_distance` are found through several indexes of parts of
-    the hash (multi-index hashing, Norouzi, Punjani and Fleet, CVPR 2012), none is left out.
+    the hash (multi-index hashing, Norouzi, Punjani and Fleet, CVPR 2012), none is left out. Pictures of one colour all
+    have one hash, whatever the colour: they are kept.
 
     Parameters
     ----------
@@ -31,7 +32,9 @@ class PerceptualDedup:
         As the imagehash library defines them: signs of a discrete cosine transform, of differences of neighbouring
         pixels, or against the average.
     max_distance : int, default 4
-        Bits, of 64, in which the hashes of copies may differ.
+        Bits, of 64, in which the hashes of copies may differ. On COCO photographs, 4 found all copies that were
+        recompressed at quality 50 or halved in size, and different pictures were 14 apart or more; 6 also found nine of
+        ten that had 2% cut off. Crops and other views are the semantic tier's.
     which_to_keep : {"id", "random"} or (str, bool), default "id"
         Which of similar rows stays: the one with the smallest id (then shard), a seeded choice, or by a column:
         ``("aesthetic_score", False)`` keeps the highest score. Nulls come last; ties go by id.

@@ -115,6 +115,14 @@ def test_perceptual_copies(dataset: ImageTextPairDataset, images: Any, hash_name
     assert set(removed["duplicate_tier"]) == {"perceptual"}
 
 
+@pytest.mark.parametrize("hash_name", ["phash", "dhash", "ahash"])
+def test_pictures_of_one_colour_are_no_copies_of_each_other(tmp_path: Path, hash_name: Any) -> None:
+    colours = {"red": (255, 0, 0), "blue": (0, 0, 255), "black": (0, 0, 0), "white": (255, 255, 255)}
+    flat = {name: encoded(Image.new("RGB", (64, 48), colour), "PNG") for name, colour in colours.items()}
+    dataset = write_images(tmp_path, [{**flat, "one": jpeg(1), "same": jpeg(1)}])
+    assert verdict(computed(PerceptualDedup(hash_name)(dataset))) == {"same": "one"}
+
+
 def test_max_distance_decides(dataset: ImageTextPairDataset) -> None:
     removed = [len(verdict(computed(PerceptualDedup(max_distance=bits)(dataset)))) for bits in (0, 8, 64)]
     assert 5 <= removed[0] <= removed[1] < removed[2] == 23  # all but one
