@@ -13,6 +13,7 @@ from nemo_image.dedup.gather import FOUND
 from nemo_image.dedup.result import RESULT, DedupResult, with_columns
 from nemo_image.dedup.rows import Order
 from nemo_image.dedup.semantic_run import JudgeSettings, SemanticRun
+from nemo_image.dedup.settle import CROSS, FIXES
 from nemo_image.dedup.sweep import is_eps
 from nemo_image.dedup.work import begin, remove
 from nemo_image.engine.run_lock import run_lock
@@ -153,7 +154,8 @@ class SemanticDedup:
             else:
                 result = run.judge(folder)
                 result.write(options)
-            remove(files.join(folder, FOUND), options)
+            for name in (FOUND, CROSS, FIXES):
+                remove(files.join(folder, name), options)
             remove(run.clusters_folder(), options)
         logger.info("%s", result)
         self.result_ = result
