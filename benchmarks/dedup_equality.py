@@ -22,7 +22,7 @@ import pandas as pd
 
 from nemo_image import get_client
 from nemo_image.dedup import SemanticDedup
-from nemo_image.dedup.rows import row_hashes
+from nemo_image.dedup.exchange.rows import row_hashes
 from tests.dedup.makers import clustered_vectors, computed, write_embeddings
 from tests.dedup.oracle import expected, wrong_clusters
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from nemo_image.dedup.hamming import near_hashes
+from nemo_image.dedup.hashes.hamming import near_hashes
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -135,7 +135,7 @@ def tables_of_photographs(folders: list[Path]) -> None:
     """Print how far copies, and different photographs, are from each other."""
     import imagehash
 
-    from nemo_image.dedup.hamming import hashes_from_hex
+    from nemo_image.dedup.hashes.hamming import hashes_from_hex
     from nemo_image.shards.decode import decode_pillow
 
     paths = sorted(path for folder in folders for path in folder.glob("*.jpg"))

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from nemo_image.dedup.kmeans import START_ROWS, kmeans_start, lloyd
+from nemo_image.dedup.clusters.kmeans import START_ROWS, kmeans_start, lloyd
 from nemo_image.engine.threads import local_share
 
 Fit = Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]

@@ -22,8 +22,8 @@ from statistics import median
 import numpy as np
 import torch
 
-from nemo_image.dedup.judge import judge
-from nemo_image.dedup.vectors import DiskVectors, MemoryVectors
+from nemo_image.dedup.pairs.judge import judge
+from nemo_image.dedup.pairs.vectors import DiskVectors, MemoryVectors
 
 ROWS, SIZE = 20_000, 512
 MANY, MANY_SIZE = 300_000, 256

@@ -16,13 +16,13 @@ import pyarrow.compute as pc
 from dask.base import tokenize
 
 from nemo_image import backend, schema
-from nemo_image.dedup.clustering import Clustered
-from nemo_image.dedup.gather import DUPLICATES
+from nemo_image.dedup.clusters.clustering import Clustered
+from nemo_image.dedup.clusters.solve import SolveBucket
+from nemo_image.dedup.exchange.gather import DUPLICATES
+from nemo_image.dedup.exchange.rows import Order
+from nemo_image.dedup.exchange.work import begin, remove, run_all
 from nemo_image.dedup.result import SUMMARY
-from nemo_image.dedup.rows import Order
-from nemo_image.dedup.solve import SolveBucket
 from nemo_image.dedup.sweep import is_eps
-from nemo_image.dedup.work import begin, remove, run_all
 from nemo_image.engine.run_lock import run_lock
 from nemo_image.errors import ArgumentError, DatasetError
 from nemo_image.shards import files, parquet

@@ -9,11 +9,11 @@ from dask.base import tokenize
 
 from nemo_image import schema
 from nemo_image.datasets import ImageTextPairDataset
-from nemo_image.dedup.clustering import ClusterSettings, cluster
+from nemo_image.dedup.clusters.clustering import ClusterSettings, cluster
+from nemo_image.dedup.exchange.rows import Order
+from nemo_image.dedup.exchange.work import begin
 from nemo_image.dedup.result import ResultColumns, add_columns
-from nemo_image.dedup.rows import Order
 from nemo_image.dedup.semantic_run import work_of
-from nemo_image.dedup.work import begin
 from nemo_image.engine.run_lock import run_lock
 
 

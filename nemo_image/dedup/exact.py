@@ -6,10 +6,10 @@ import logging
 import os
 
 from nemo_image.datasets import ImageTextPairDataset
-from nemo_image.dedup.hash_run import HashSettings, deduplicate
-from nemo_image.dedup.hashing import ContentHash
+from nemo_image.dedup.exchange.rows import Order
+from nemo_image.dedup.hashes.hash_run import HashSettings, deduplicate
+from nemo_image.dedup.hashes.hashing import ContentHash
 from nemo_image.dedup.result import DedupResult
-from nemo_image.dedup.rows import Order
 
 logger = logging.getLogger("nemo_image")
 

@@ -7,10 +7,10 @@ import os
 from typing import Literal
 
 from nemo_image.datasets import ImageTextPairDataset
-from nemo_image.dedup.hash_run import HashSettings, deduplicate
-from nemo_image.dedup.hashing import PerceptualHash
+from nemo_image.dedup.exchange.rows import Order
+from nemo_image.dedup.hashes.hash_run import HashSettings, deduplicate
+from nemo_image.dedup.hashes.hashing import PerceptualHash
 from nemo_image.dedup.result import DedupResult
-from nemo_image.dedup.rows import Order
 from nemo_image.errors import ArgumentError
 
 logger = logging.getLogger("nemo_image")

@@ -18,10 +18,10 @@ from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.datasets.columns import rows_by_shard
 from nemo_image.datasets.load import rows_by_id
 from nemo_image.datasets.source import DatasetSource
-from nemo_image.dedup.gather import DUPLICATES
-from nemo_image.dedup.scatter import ROWS
-from nemo_image.dedup.survey import passed_by
-from nemo_image.dedup.work import read_json, write_json
+from nemo_image.dedup.exchange.gather import DUPLICATES
+from nemo_image.dedup.exchange.scatter import ROWS
+from nemo_image.dedup.exchange.survey import passed_by
+from nemo_image.dedup.exchange.work import read_json, write_json
 from nemo_image.errors import DatasetError
 from nemo_image.shards import files
 

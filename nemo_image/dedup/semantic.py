@@ -8,14 +8,14 @@ from typing import Any
 
 from nemo_image import schema
 from nemo_image.datasets import ImageTextPairDataset
-from nemo_image.dedup.clustering import ClusterSettings
-from nemo_image.dedup.gather import FOUND
+from nemo_image.dedup.clusters.clustering import ClusterSettings
+from nemo_image.dedup.clusters.settle import CROSS, FIXES
+from nemo_image.dedup.exchange.gather import FOUND
+from nemo_image.dedup.exchange.rows import Order
+from nemo_image.dedup.exchange.work import begin, remove
 from nemo_image.dedup.result import RESULT, DedupResult, with_columns
-from nemo_image.dedup.rows import Order
 from nemo_image.dedup.semantic_run import JudgeSettings, SemanticRun
-from nemo_image.dedup.settle import CROSS, FIXES
 from nemo_image.dedup.sweep import is_eps
-from nemo_image.dedup.work import begin, remove
 from nemo_image.engine.run_lock import run_lock
 from nemo_image.errors import ArgumentError
 from nemo_image.shards import files

@@ -14,19 +14,19 @@ from dask.base import tokenize
 
 from nemo_image import backend, schema
 from nemo_image.datasets import ImageTextPairDataset
-from nemo_image.dedup.centroids import CENTROIDS, write_centroids
-from nemo_image.dedup.clustering import Clustered, ClusterSettings, cluster
-from nemo_image.dedup.earlier import describe
-from nemo_image.dedup.gather import Gathered, GatherRange, WriteFound, as_found, gather
-from nemo_image.dedup.missed import SAMPLED_ROWS, Probe, estimate
-from nemo_image.dedup.nearest import nearest_centroids
+from nemo_image.dedup.clusters.centroids import CENTROIDS, write_centroids
+from nemo_image.dedup.clusters.clustering import Clustered, ClusterSettings, cluster
+from nemo_image.dedup.clusters.earlier import describe
+from nemo_image.dedup.clusters.missed import SAMPLED_ROWS, Probe, estimate
+from nemo_image.dedup.clusters.nearest import nearest_centroids
+from nemo_image.dedup.clusters.sample import read_sample, unit_rows
+from nemo_image.dedup.clusters.settle import ApplyFixes, best_of_visits, settle
+from nemo_image.dedup.clusters.solve import SolveBucket, Solved
+from nemo_image.dedup.exchange.gather import Gathered, GatherRange, WriteFound, as_found, gather
+from nemo_image.dedup.exchange.survey import state_columns
+from nemo_image.dedup.exchange.work import Work, begin, run_all
 from nemo_image.dedup.result import DedupResult, Missed, SweepPoint, without_own_result
-from nemo_image.dedup.sample import read_sample, unit_rows
-from nemo_image.dedup.settle import ApplyFixes, best_of_visits, settle
-from nemo_image.dedup.solve import SolveBucket, Solved
-from nemo_image.dedup.survey import state_columns
 from nemo_image.dedup.sweep import USUAL_EPS, choose_eps, curve_text
-from nemo_image.dedup.work import Work, begin, run_all
 from nemo_image.engine.ledger import FOLDER
 from nemo_image.engine.run_lock import run_lock
 from nemo_image.errors import ArgumentError

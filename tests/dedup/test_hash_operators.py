@@ -134,7 +134,7 @@ def test_hashes_are_made_once(dataset: ImageTextPairDataset, monkeypatch: pytest
     def refuse(*args: Any) -> Any:
         raise AssertionError("hashed again")
 
-    monkeypatch.setattr("nemo_image.dedup.hashing.PerceptualHash.hash_all", refuse)
+    monkeypatch.setattr("nemo_image.dedup.hashes.hashing.PerceptualHash.hash_all", refuse)
     computed(PerceptualDedup(max_distance=9)(dataset))
     with pytest.raises(RunError, match="hashed again"):
         PerceptualDedup("dhash")(dataset)
@@ -250,9 +250,9 @@ def test_ids_to_remove_are_in_files(dataset: ImageTextPairDataset, tmp_path: Pat
 
 def test_many_buckets_and_groups_change_nothing(dataset: ImageTextPairDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     first = computed(ExactDedup("random")(dataset))
-    monkeypatch.setattr("nemo_image.dedup.hash_run.BUCKET_ROWS", 3)
-    monkeypatch.setattr("nemo_image.dedup.scatter.RUN_BYTES", 100)
-    monkeypatch.setattr("nemo_image.dedup.gather.RANGE_ROWS", 5)
+    monkeypatch.setattr("nemo_image.dedup.hashes.hash_run.BUCKET_ROWS", 3)
+    monkeypatch.setattr("nemo_image.dedup.exchange.scatter.RUN_BYTES", 100)
+    monkeypatch.setattr("nemo_image.dedup.exchange.gather.RANGE_ROWS", 5)
     again = computed(ExactDedup("random", output_dir=f"{dataset.path}-out")(dataset))
     pd.testing.assert_frame_equal(again, first)
 

@@ -15,7 +15,7 @@ import pytest
 
 from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.dedup import DedupResult, SemanticDedup, kept_fraction
-from nemo_image.dedup.rows import row_hashes
+from nemo_image.dedup.exchange.rows import row_hashes
 from nemo_image.errors import (
     ArgumentError,
     DatasetError,
@@ -110,10 +110,10 @@ def test_partitions_workers_and_blocks_change_nothing(
     first = computed(SemanticDedup(n_clusters=5, eps=0.02, which_to_keep=order)(dataset))
     if scheduler is None:
         # Many small run files and buckets, instead of one.
-        monkeypatch.setattr("nemo_image.dedup.clustering.BUCKET_BYTES", 5000)
-        monkeypatch.setattr("nemo_image.dedup.scatter.RUN_BYTES", 5000)
-        monkeypatch.setattr("nemo_image.dedup.gather.RANGE_ROWS", 100)
-        monkeypatch.setattr("nemo_image.dedup.bucket.MEMORY_BYTES", 3000)
+        monkeypatch.setattr("nemo_image.dedup.clusters.clustering.BUCKET_BYTES", 5000)
+        monkeypatch.setattr("nemo_image.dedup.exchange.scatter.RUN_BYTES", 5000)
+        monkeypatch.setattr("nemo_image.dedup.exchange.gather.RANGE_ROWS", 100)
+        monkeypatch.setattr("nemo_image.dedup.clusters.bucket.MEMORY_BYTES", 3000)
     for partitions in (1, 7):
         dataset.metadata = dataset.metadata.repartition(npartitions=partitions)
         dedup = SemanticDedup(n_clusters=5, eps=0.02, which_to_keep=order, batch_size=37)
@@ -267,7 +267,7 @@ def test_an_interrupted_run_is_taken_up(
     out = tmp_path / "out"
     for step in ("_fit", "scatter"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"nemo_image.dedup.clustering.{step}", interrupt)
+            patch.setattr(f"nemo_image.dedup.clusters.clustering.{step}", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 SemanticDedup(n_clusters=4, eps=0.02, output_dir=out)(dataset)
     for step in ("run_all", "gather"):
@@ -589,7 +589,7 @@ def test_defaults_are_the_published_ones() -> None:
 
 
 def test_clusters_by_default(monkeypatch: pytest.MonkeyPatch, dataset: ImageTextPairDataset) -> None:
-    monkeypatch.setattr("nemo_image.dedup.clustering.ROWS_A_CLUSTER", 250)
+    monkeypatch.setattr("nemo_image.dedup.clusters.clustering.ROWS_A_CLUSTER", 250)
     dedup = SemanticDedup(eps=0.02)
     dedup(dataset)
     assert dedup.result_ is not None

@@ -1,9 +1,9 @@
 """Which rows of one cluster are copies of earlier ones: cosines of all pairs, in memory for a few tiles.
 
 float32 products only say which pairs may matter: all whose product lies within the error of such products
-(:func:`~nemo_image.dedup.cosine.single_bound`) of what decides. Of those the canonical cosine is computed
-(:mod:`nemo_image.dedup.cosine`), and everything is decided on that, so that the result depends on the rows and their
-order alone. Where nearly all pairs are that close, as among near-copies, the tile is multiplied in float64.
+(:func:`~nemo_image.dedup.pairs.cosine.single_bound`) of what decides. Of those the canonical cosine is computed
+(:mod:`nemo_image.dedup.pairs.cosine`), and everything is decided on that, so that the result depends on the rows and
+their order alone. Where nearly all pairs are that close, as among near-copies, the tile is multiplied in float64.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy.typing as npt
 import torch
 import xxhash
 
-from nemo_image.dedup.cosine import double_bound, edge, single_bound
-from nemo_image.dedup.tiles import Columns, Multiplier, Tile, group_maxima, lay_out, pairs_above, tiles
-from nemo_image.dedup.vectors import Floats, Indices, Vectors
-from nemo_image.dedup.winners import Patterns, Winners
+from nemo_image.dedup.pairs.cosine import double_bound, edge, single_bound
+from nemo_image.dedup.pairs.tiles import Columns, Multiplier, Tile, group_maxima, lay_out, pairs_above, tiles
+from nemo_image.dedup.pairs.vectors import Floats, Indices, Vectors
+from nemo_image.dedup.pairs.winners import Patterns, Winners
 from nemo_image.errors import ArgumentError
 
 Bools = npt.NDArray[np.bool_]

@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nemo_image.dedup.cosine import Doubles, double_bound, single_bound
-from nemo_image.dedup.tiles import (
+from nemo_image.dedup.pairs.cosine import Doubles, double_bound, single_bound
+from nemo_image.dedup.pairs.tiles import (
     HITS_A_ROW,
     PAIRS_A_ROW,
     Columns,
@@ -20,7 +20,7 @@ from nemo_image.dedup.tiles import (
     leading_pairs,
     pairs_above,
 )
-from nemo_image.dedup.vectors import Floats
+from nemo_image.dedup.pairs.vectors import Floats
 
 # Any cosine from 0 on is larger.
 _BELOW_ZERO = np.nextafter(np.float32(0), np.float32(-1))

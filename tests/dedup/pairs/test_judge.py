@@ -14,10 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_image.dedup import cosine, tiles, winners
-from nemo_image.dedup import judge as judging
-from nemo_image.dedup.judge import Judged, judge, single_precision_holds
-from nemo_image.dedup.vectors import DiskVectors, Floats, MemoryVectors
+from nemo_image.dedup.pairs import cosine, tiles, winners
+from nemo_image.dedup.pairs import judge as judging
+from nemo_image.dedup.pairs.judge import Judged, judge, single_precision_holds
+from nemo_image.dedup.pairs.vectors import DiskVectors, Floats, MemoryVectors
 from nemo_image.engine.threads import torch_threads
 from nemo_image.errors import ArgumentError
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nemo_image.dedup.vectors import Floats, Indices, Vectors
+from nemo_image.dedup.pairs.vectors import Floats, Indices, Vectors
 
 Doubles = npt.NDArray[np.float64]
 

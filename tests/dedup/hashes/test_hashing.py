@@ -19,8 +19,8 @@ from PIL import Image
 
 from nemo_image import schema
 from nemo_image.datasets import ImageTextPairDataset, shard_pass
-from nemo_image.dedup import hashing
-from nemo_image.dedup.hashing import ContentHash, PerceptualHash
+from nemo_image.dedup.hashes import hashing
+from nemo_image.dedup.hashes.hashing import ContentHash, PerceptualHash
 from nemo_image.engine.decoding import isolated, pool
 from nemo_image.engine.isolation import isolate
 from nemo_image.engine.threads import local_share

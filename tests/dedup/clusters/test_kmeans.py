@@ -17,8 +17,8 @@ from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 from nemo_image import backend
-from nemo_image.dedup import kmeans, nearest
-from nemo_image.dedup.kmeans import START_ROWS, TOLERANCE, fit_kmeans, kmeans_start, lloyd
+from nemo_image.dedup.clusters import kmeans, nearest
+from nemo_image.dedup.clusters.kmeans import START_ROWS, TOLERANCE, fit_kmeans, kmeans_start, lloyd
 from nemo_image.engine.threads import local_share, torch_threads
 from nemo_image.errors import ArgumentError, MissingDependencyError
 
@@ -189,7 +189,7 @@ def test_each_chunk_has_one_thread(threads: int, monkeypatch: pytest.MonkeyPatch
 
 FIT = """
 import hashlib, numpy, sys
-from nemo_image.dedup.kmeans import fit_kmeans
+from nemo_image.dedup.clusters.kmeans import fit_kmeans
 rows = numpy.load(sys.argv[1])
 print(hashlib.sha256(fit_kmeans(rows, 25, max_iter=8, random_state=5).tobytes()).hexdigest())
 """

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nemo_image.dedup.cosine import Doubles, canonical_cosines, edge, inverse_norms, units
-from nemo_image.dedup.vectors import Floats, Indices, Vectors
+from nemo_image.dedup.pairs.cosine import Doubles, canonical_cosines, edge, inverse_norms, units
+from nemo_image.dedup.pairs.vectors import Floats, Indices, Vectors
 
 GROUP = 64
 TILE_COLUMNS = 4096
@@ -248,7 +248,7 @@ def leading_pairs(
     least : mapping of int to ndarray of float32, shape (b,)
         The least canonical cosine that is of interest, by pattern.
     bound : float
-        What :func:`~nemo_image.dedup.cosine.double_bound` gives.
+        What :func:`~nemo_image.dedup.pairs.cosine.double_bound` gives.
     """
     found = []
     for pattern, start, stop in columns.spans:

@@ -14,9 +14,9 @@ from nemo_image.datasets import opening
 from nemo_image.datasets.partitions import ShardTasks, shard_tasks
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.datasets.state import DatasetState
+from nemo_image.dedup.exchange.scatter import ROWS
+from nemo_image.dedup.exchange.work import Work
 from nemo_image.dedup.result import DedupResult
-from nemo_image.dedup.scatter import ROWS
-from nemo_image.dedup.work import Work
 from nemo_image.errors import ArgumentError, DatasetError, EmbeddingError, MissingColumnError
 from nemo_image.shards import files, parquet
 

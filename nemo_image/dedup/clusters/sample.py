@@ -12,13 +12,13 @@ import pyarrow as pa
 
 from nemo_image.datasets.partitions import PartitionTask
 from nemo_image.datasets.source import DatasetSource
-from nemo_image.dedup.centroids import CENTROIDS, write_centroids
-from nemo_image.dedup.kmeans import fit_kmeans
-from nemo_image.dedup.rows import HASH, Hashes, row_hashes
-from nemo_image.dedup.runs import read_batches, write_batches
-from nemo_image.dedup.survey import state_columns
-from nemo_image.dedup.usable import Matrix, usable_vectors
-from nemo_image.dedup.work import Work, frames, run_all
+from nemo_image.dedup.clusters.centroids import CENTROIDS, write_centroids
+from nemo_image.dedup.clusters.kmeans import fit_kmeans
+from nemo_image.dedup.exchange.rows import HASH, Hashes, row_hashes
+from nemo_image.dedup.exchange.runs import read_batches, write_batches
+from nemo_image.dedup.exchange.survey import state_columns
+from nemo_image.dedup.exchange.usable import Matrix, usable_vectors
+from nemo_image.dedup.exchange.work import Work, frames, run_all
 from nemo_image.engine import threads
 from nemo_image.errors import EmbeddingError
 from nemo_image.shards import files

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from nemo_image import schema
-from nemo_image.dedup.bucket import OLD_RANK, Bucket, open_bucket
-from nemo_image.dedup.judge import judge
-from nemo_image.dedup.missed import Counts, Probe
-from nemo_image.dedup.rows import HASH, ORDER, Order
+from nemo_image.dedup.clusters.bucket import OLD_RANK, Bucket, open_bucket
+from nemo_image.dedup.clusters.missed import Counts, Probe
+from nemo_image.dedup.exchange.rows import HASH, ORDER, Order
+from nemo_image.dedup.pairs.judge import judge
 from nemo_image.engine import threads
 
 VISIT = "visit"

@@ -10,17 +10,17 @@ import pyarrow as pa
 from dask.base import tokenize
 
 from nemo_image import backend
-from nemo_image.dedup.assign import AssignClusters, TakeSurvivors
-from nemo_image.dedup.centroids import CENTROIDS, Centroids, checked, write_centroids
-from nemo_image.dedup.earlier import Generation, generations
-from nemo_image.dedup.gather import range_of_groups
-from nemo_image.dedup.missed import SAMPLED_ROWS
-from nemo_image.dedup.rows import Order
-from nemo_image.dedup.runs import MAX_BUCKETS
-from nemo_image.dedup.sample import FitCentroids, draw_sample
-from nemo_image.dedup.scatter import Scattered, ScatterGroup, make_groups, scatter
-from nemo_image.dedup.survey import ShardCount, count_rows
-from nemo_image.dedup.work import Work, read_json, run_all, write_json
+from nemo_image.dedup.clusters.assign import AssignClusters, TakeSurvivors
+from nemo_image.dedup.clusters.centroids import CENTROIDS, Centroids, checked, write_centroids
+from nemo_image.dedup.clusters.earlier import Generation, generations
+from nemo_image.dedup.clusters.missed import SAMPLED_ROWS
+from nemo_image.dedup.clusters.sample import FitCentroids, draw_sample
+from nemo_image.dedup.exchange.gather import range_of_groups
+from nemo_image.dedup.exchange.rows import Order
+from nemo_image.dedup.exchange.runs import MAX_BUCKETS
+from nemo_image.dedup.exchange.scatter import Scattered, ScatterGroup, make_groups, scatter
+from nemo_image.dedup.exchange.survey import ShardCount, count_rows
+from nemo_image.dedup.exchange.work import Work, read_json, run_all, write_json
 from nemo_image.errors import ArgumentError, EmbeddingError
 from nemo_image.shards import files
 

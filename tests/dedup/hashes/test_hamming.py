@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_image.dedup import hamming, multi_index
-from nemo_image.dedup.hamming import hashes_from_hex, near_hashes
-from nemo_image.dedup.multi_index import near_pairs, plan_bands, popcount, spread
+from nemo_image.dedup.hashes import hamming, multi_index
+from nemo_image.dedup.hashes.hamming import hashes_from_hex, near_hashes
+from nemo_image.dedup.hashes.multi_index import near_pairs, plan_bands, popcount, spread
 from nemo_image.errors import ArgumentError
 
 Hashes = npt.NDArray[np.uint64]

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_image.dedup import vectors
-from nemo_image.dedup.vectors import DiskVectors, Floats, MemoryVectors, Vectors
+from nemo_image.dedup.pairs import vectors
+from nemo_image.dedup.pairs.vectors import DiskVectors, Floats, MemoryVectors, Vectors
 from nemo_image.errors import DatasetError
 
 COUNT, SIZE, BEFORE = 200, 5, 3

@@ -1,7 +1,7 @@
 """Which of 64-bit hashes are near to an earlier one: equal but for a few bits.
 
-No more pairs are compared than multi-index hashing finds (`nemo_image.dedup.multi_index`); rows that fall are never
-compared with again.
+No more pairs are compared than multi-index hashing finds (`nemo_image.dedup.hashes.multi_index`); rows that fall are
+never compared with again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nemo_image.dedup.multi_index import BITS, Hashes, Rows, near_pairs, popcount, spread
+from nemo_image.dedup.hashes.multi_index import BITS, Hashes, Rows, near_pairs, popcount, spread
 from nemo_image.errors import ArgumentError
 
 MAX_ROWS = 2**31

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_image.dedup import nearest
-from nemo_image.dedup.nearest import Scores, nearest_centroids
+from nemo_image.dedup.clusters import nearest
+from nemo_image.dedup.clusters.nearest import Scores, nearest_centroids
 from nemo_image.engine.threads import torch_threads
 from nemo_image.errors import ArgumentError
 

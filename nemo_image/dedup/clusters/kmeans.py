@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from nemo_image import backend
-from nemo_image.dedup.nearest import Doubles, Floats, Integers, Scores, row_products
+from nemo_image.dedup.clusters.nearest import Doubles, Floats, Integers, Scores, row_products
 from nemo_image.engine.in_order import map_in_order
 from nemo_image.engine.threads import set_own_torch_threads, task_share, torch_threads
 from nemo_image.errors import ArgumentError, MissingDependencyError

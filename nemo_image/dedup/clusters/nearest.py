@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nemo_image.dedup.cosine import single_bound
+from nemo_image.dedup.pairs.cosine import single_bound
 from nemo_image.errors import ArgumentError
 
 Floats = npt.NDArray[np.float32]

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nemo_image import schema
-from nemo_image.dedup.runs import read_batch
-from nemo_image.dedup.sample import vector_matrix
-from nemo_image.dedup.vectors import DiskVectors, MemoryVectors, Vectors
+from nemo_image.dedup.clusters.sample import vector_matrix
+from nemo_image.dedup.exchange.runs import read_batch
+from nemo_image.dedup.pairs.vectors import DiskVectors, MemoryVectors, Vectors
 
 MEMORY_BYTES = 2**28
 """Bytes of vectors that a task holds; a larger bucket, or cluster, is read from a temporary file."""

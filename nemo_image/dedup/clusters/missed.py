@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from nemo_image.dedup.clusters.sample import unit_rows
+from nemo_image.dedup.exchange.rows import Hashes
+from nemo_image.dedup.exchange.usable import Matrix
+from nemo_image.dedup.pairs.vectors import Vectors
 from nemo_image.dedup.result import Missed
-from nemo_image.dedup.rows import Hashes
-from nemo_image.dedup.sample import unit_rows
-from nemo_image.dedup.usable import Matrix
-from nemo_image.dedup.vectors import Vectors
 
 SAMPLED_ROWS = 1024
 BLOCK_ROWS = 4096

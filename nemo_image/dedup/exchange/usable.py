@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from nemo_image import backend
-from nemo_image.dedup.survey import Mask, has_error, passed_by
+from nemo_image.dedup.exchange.survey import Mask, has_error, passed_by
 
 Matrix = npt.NDArray[np.float32]
 

@@ -12,14 +12,14 @@ import pyarrow.compute
 
 from nemo_image import backend, schema
 from nemo_image.datasets.load import id_positions
-from nemo_image.dedup.bucket import OLD_RANK, VECTOR
-from nemo_image.dedup.centroids import Centroids
-from nemo_image.dedup.nearest import nearest_centroids
-from nemo_image.dedup.rows import HASH, ORDER, Hashes, Order
-from nemo_image.dedup.sample import vector_column
-from nemo_image.dedup.scatter import Keyed
-from nemo_image.dedup.solve import VISIT
-from nemo_image.dedup.usable import JUDGED, PASSED_BY, usable_vectors
+from nemo_image.dedup.clusters.bucket import OLD_RANK, VECTOR
+from nemo_image.dedup.clusters.centroids import Centroids
+from nemo_image.dedup.clusters.nearest import nearest_centroids
+from nemo_image.dedup.clusters.sample import vector_column
+from nemo_image.dedup.clusters.solve import VISIT
+from nemo_image.dedup.exchange.rows import HASH, ORDER, Hashes, Order
+from nemo_image.dedup.exchange.scatter import Keyed
+from nemo_image.dedup.exchange.usable import JUDGED, PASSED_BY, usable_vectors
 from nemo_image.engine import threads
 from nemo_image.shards import files, parquet
 

@@ -1,0 +1,1 @@
+"""Cluster embeddings, and judge the rows of each cluster."""

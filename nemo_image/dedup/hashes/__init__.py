@@ -1,0 +1,1 @@
+"""Hash images, and find equal or near hashes."""

@@ -1,0 +1,1 @@
+"""Compare the rows of one cluster, exactly, in bounded memory."""
