@@ -3,7 +3,8 @@
     python -m benchmarks.dedup_rows --rows 200000 500000 1000000 2000000 --size 256 --folder /some/disk
 
 Made-up embeddings: unit vectors around centres (one for each 500 rows), a third of them near copies of others (cosine
-above 0.995). Each run is a process of its own; peak RSS is its ``ru_maxrss``, or with ``--workers`` the sum of all
+above 0.995). With ``--near-copies`` all rows are near copies of one vector, in one cluster: all fall at eps 0.01, none
+at 1e-4. Each run is a process of its own; peak RSS is its ``ru_maxrss``, or with ``--workers`` the sum of all
 processes'.
 """
 
@@ -29,7 +30,7 @@ ROWS_A_SHARD = 10_000
 COPIES = 0.33
 
 
-def write_dataset(folder: Path, rows: int, size: int) -> None:
+def write_dataset(folder: Path, rows: int, size: int, near_copies: bool) -> None:
     """Write shards of embeddings, with tars that nobody reads."""
     folder.mkdir(parents=True, exist_ok=True)
     centres = np.random.default_rng(0).normal(size=(max(1, rows // 500), size)).astype(np.float32)
@@ -39,9 +40,12 @@ def write_dataset(folder: Path, rows: int, size: int) -> None:
         vectors = centres[rng.integers(0, len(centres), count)] + 0.8 * rng.normal(size=(count, size)).astype(
             np.float32
         )
+        if near_copies:
+            vectors = centres[:1] / np.linalg.norm(centres[0]) + 1e-3 * rng.normal(size=(count, size))
         copies = rng.choice(count, int(COPIES * count), replace=False)
         originals = rng.integers(0, count, len(copies))
-        vectors[copies] = vectors[originals] + 0.05 * rng.normal(size=(len(copies), size))
+        if not near_copies:
+            vectors[copies] = vectors[originals] + 0.05 * rng.normal(size=(len(copies), size))
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         column = pa.ListArray.from_arrays(
             pa.array(np.arange(0, count * size + 1, size, dtype=np.int32)),
@@ -66,7 +70,7 @@ class Stages(logging.Handler):
         self.seconds[label] = time.monotonic() - self.started
 
 
-def deduplicate(folder: str, workers: int) -> dict[str, Any]:
+def deduplicate(folder: str, workers: int, eps: float, n_clusters: int | None) -> dict[str, Any]:
     """Run it in this process; return figures."""
     from nemo_image import get_client
     from nemo_image.datasets import ImageTextPairDataset
@@ -77,7 +81,7 @@ def deduplicate(folder: str, workers: int) -> dict[str, Any]:
     logger.setLevel(logging.INFO)
     logger.addHandler(stages)
     client = get_client("cpu", n_workers=workers) if workers else None
-    dedup = SemanticDedup(eps=0.01)
+    dedup = SemanticDedup(eps=eps, n_clusters=n_clusters)
     started = time.monotonic()
     dedup(ImageTextPairDataset.from_webdataset(folder))
     seconds = time.monotonic() - started
@@ -104,20 +108,27 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[200_000, 500_000, 1_000_000, 2_000_000])
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--eps", type=float, default=0.01)
+    parser.add_argument("--near-copies", action="store_true")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps(deduplicate(arguments.child, arguments.workers)))
+        print(
+            json.dumps(
+                deduplicate(arguments.child, arguments.workers, arguments.eps, 1 if arguments.near_copies else None)
+            )
+        )
         return
     print("| rows | clusters | seconds | rows/s | peak RSS, MiB | removed | pair recall | done after, s |")
     print("|---|---|---|---|---|---|---|---|")
     for rows in arguments.rows:
-        folder = arguments.folder / f"{rows}x{arguments.size}"
+        folder = arguments.folder / f"{rows}x{arguments.size}{'-copies' if arguments.near_copies else ''}"
         if not folder.exists():
-            write_dataset(folder, rows, arguments.size)
+            write_dataset(folder, rows, arguments.size, arguments.near_copies)
         command = [sys.executable, "-m", "benchmarks.dedup_rows", "--folder", str(folder), "--child", str(folder)]
-        command += ["--workers", str(arguments.workers)]
+        command += ["--workers", str(arguments.workers), "--eps", str(arguments.eps)]
+        command += ["--near-copies"] if arguments.near_copies else []
         subprocess.run(["rm", "-rf", str(folder / "_nemo_image")], check=True)
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ)
         found = json.loads(done.stdout.splitlines()[-1])
@@ -125,7 +136,7 @@ def main() -> None:
         speed = found["rows"] / found["seconds"]
         print(
             f"| {found['rows']:,} | {found['clusters']} | {found['seconds']:.1f} | {speed:,.0f} "
-            f"| {found['peak_mib']:,.0f} | {found['removed']:,} | {found['pair_recall']:.3f} | {stages} |",
+            f"| {found['peak_mib']:,.0f} | {found['removed']:,} | {found['pair_recall'] or 0:.3f} | {stages} |",
             flush=True,
         )
 

@@ -14,6 +14,7 @@ from dask.base import tokenize
 
 from nemo_image import backend, schema
 from nemo_image.datasets import ImageTextPairDataset
+from nemo_image.dedup.clusters.assign import bucket_of
 from nemo_image.dedup.clusters.centroids import CENTROIDS, write_centroids
 from nemo_image.dedup.clusters.clustering import Clustered, ClusterSettings, cluster
 from nemo_image.dedup.clusters.earlier import describe
@@ -36,6 +37,9 @@ logger = logging.getLogger("nemo_image")
 
 TIER = "semantic"
 OPERATOR = "SemanticDedup"
+CURVE_ROWS = 100_000
+"""Rows that the curve of a model of unknown scale is shown for, about."""
+
 TARGET_MISSED = 0.01
 """Share of the rows by which a target may be missed without a word."""
 
@@ -132,12 +136,9 @@ class SemanticRun:
         if judging.target_keep is not None:
             eps, looked_at = choose_eps(lambda more: self.sweep(clustered, more), judging.target_keep)
             self._warn_of_target(eps, looked_at)
-        shown = [eps]
-        if judging.target_keep is None and not self._scale_is_known():
-            shown += [one for one in USUAL_EPS if one != eps]
         probe = self._probe(clustered, eps)
-        solved = self._solve(clustered, shown, folder, probe)
-        points = _points(shown, solved)
+        solved = self._solve(clustered, [eps], folder, probe)
+        points = _points([eps], solved)
         settled = self._settle(clustered, folder)
         points += [point for point in looked_at if point.eps != eps]
         id_col = self.work.source.id_col
@@ -147,8 +148,8 @@ class SemanticRun:
             # Buckets count what they see themselves.
             points[0] = SweepPoint(eps, sum(one.kept for one in gathered), sum(one.removed for one in gathered))
         write_centroids(files.join(folder, CENTROIDS), clustered.centroids.load(), options)
-        if len(shown) > 1:
-            self._warn_of_scale(points)
+        if judging.target_keep is None and not self._scale_is_known():
+            self._warn_of_scale(clustered, points[0])
         return self._result(folder, clustered, gathered, points, probe, solved)
 
     def _settle(self, clustered: Clustered, folder: str) -> Any:
@@ -162,7 +163,12 @@ class SemanticRun:
         return ApplyFixes(folder, options)
 
     def _solve(
-        self, clustered: Clustered, eps: Sequence[float], folder: str | None, probe: Probe | None
+        self,
+        clustered: Clustered,
+        eps: Sequence[float],
+        folder: str | None,
+        probe: Probe | None,
+        only: frozenset[int] | None = None,
     ) -> list[Solved]:
         options = self.work.source.storage_options
         solving = SolveBucket(
@@ -174,12 +180,17 @@ class SemanticRun:
             self.judging.batch_size,
             probe,
             options,
+            only,
         )
+        numbers: Sequence[int] = range(clustered.buckets)
+        if only is not None:
+            wanted = bucket_of(np.array(sorted(only)), clustered.centroids.shape[0], clustered.buckets)
+            numbers = np.unique(wanted).tolist()
         return run_all(
-            "compare rows",
+            "compare rows" if only is None else "sample the curve",
             solving,
-            range(clustered.buckets),
-            clustered.buckets,
+            numbers,
+            len(numbers),
             name_of=lambda number: f"bucket {number}",
             rows_of=lambda one: one.judged,
         )
@@ -203,12 +214,18 @@ class SemanticRun:
                 100 * share,
             )
 
-    def _warn_of_scale(self, points: Sequence[SweepPoint]) -> None:
+    def _warn_of_scale(self, clustered: Clustered, used: SweepPoint) -> None:
+        """Show the curve of some clusters: small thresholds keep most rows, and take longest over all of them."""
+        every = max(1, -(-clustered.judged // CURVE_ROWS))
+        some = frozenset(range(0, clustered.centroids.shape[0], every))
+        points = _points(USUAL_EPS, self._solve(clustered, USUAL_EPS, None, None, some))
         logger.warning(
-            "the scale of %r is not known: eps=0.01 suits CLIP embeddings, other models differ widely. Rows kept, "
-            "first at the eps used:\n%s",
+            "the scale of %r is not known: eps=0.01 suits CLIP embeddings, other models differ widely. eps=%.4g keeps "
+            "%.1f%%. In a sample of the clusters (kept_fraction looks at all of them):\n%s",
             self.clustering.embedding_column,
-            curve_text(points),
+            used.eps,
+            100 * used.share,
+            curve_text(points) if points[0].total else "  none is small enough to sample",
         )
 
     def _result(

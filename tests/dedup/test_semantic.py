@@ -208,9 +208,21 @@ def test_a_scale_that_is_not_known_shows_the_curve(
         dedup(dataset)
 
     assert "scale of 'image_embedding' is not known" in caplog.text
-    assert dedup.result_ is not None
-    at = {point.eps: point.kept for point in dedup.result_.sweep}
-    assert f"({at[0.34]:,} of {ROWS:,})" in caplog.text
+    curve = kept_fraction(dataset, [0.34], SemanticDedup(n_clusters=2)).iloc[0]
+    assert f"({curve.kept:,.0f} of {ROWS:,})" in caplog.text
+
+
+def test_the_curve_may_be_of_some_clusters(
+    dataset: ImageTextPairDataset, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nemo_image.dedup.semantic_run.CURVE_ROWS", 250)
+    found = computed(SemanticDedup(n_clusters=6, eps=0.34)(dataset))
+    some = found[found["cluster"].isin([0, 3])]
+    assert f"({(~some['is_duplicate']).sum()} of {len(some)})" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr("nemo_image.dedup.clusters.solve.SAMPLED_CLUSTER_ROWS", 5)
+    SemanticDedup(n_clusters=6, eps=0.33)(dataset)
+    assert "none is small enough to sample" in caplog.text
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,9 @@ from nemo_image.engine import threads
 VISIT = "visit"
 """0 in the row's own cluster; the number of the probe where it is only compared with that cluster's rows."""
 
+SAMPLED_CLUSTER_ROWS = 50_000
+"""A larger cluster is not judged for a sample."""
+
 
 @dataclass(frozen=True)
 class Solved:
@@ -57,6 +60,8 @@ class SolveBucket:
         The run files.
     thresholds : sequence of float
         Cosines; results are those of the first.
+    only : frozenset of int, optional
+        Judge these clusters alone, and of them those of at most `SAMPLED_CLUSTER_ROWS` rows.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class SolveBucket:
         block_rows: int,
         probe: Probe | None,
         storage_options: Any,
+        only: frozenset[int] | None = None,
         device: str = "cpu",
     ) -> None:
         self.sink = sink
@@ -79,6 +85,7 @@ class SolveBucket:
         self.block_rows = block_rows
         self.probe = probe
         self.storage_options = storage_options
+        self.only = only
         self.device = device
 
     def __call__(self, number: int) -> Solved:
@@ -100,13 +107,17 @@ class SolveBucket:
         twin = np.full(rows, -1, np.int64)
         fell = np.zeros((len(self.thresholds), rows), bool)
         rank = np.zeros(rows, np.int64)
+        looked_at = np.zeros(rows, bool)
         new = np.asarray(table[OLD_RANK].is_null())
         visits = table[VISIT].to_numpy() > 0
         hashes = table[HASH].to_numpy()
         missed = None if self.probe is None else np.zeros((2, len(self.probe.hashes)), np.int64)
         for cluster, start, stop in bucket.clusters():
+            if self.only is not None and (cluster not in self.only or stop - start > SAMPLED_CLUSTER_ROWS):
+                continue
             vectors = bucket.vectors(start, stop)
             inside = slice(start, stop)
+            looked_at[inside] = True
             fixed = int((~new[inside]).sum())
             found = judge(
                 vectors,
@@ -125,7 +136,7 @@ class SolveBucket:
             if self.probe is not None and missed is not None:
                 home = np.flatnonzero(~visits[inside])
                 missed += self.probe.count(cluster, vectors, home, hashes[inside])
-        judged = new & ~visits
+        judged = new & ~visits & looked_at
         kept = (~fell[:, judged]).sum(axis=1).tolist()
         return Solved(int(judged.sum()), kept, missed), self._found(table, similarity, twin, fell[0], rank, new)
 
