@@ -19,7 +19,7 @@ Examples:
 \b
   nemo-image dedup /data/pairs --eps 0.01
   nemo-image dedup /data/pairs /data/pairs-deduped --tier exact --tier perceptual --tier semantic
-  nemo-image dedup /data/pairs --target-keep 0.7 --keep aesthetic_score:descending
+  nemo-image dedup /data/pairs --target-keep 0.7 --which-to-keep aesthetic_score:descending
 """
 
 TIERS = ("exact", "perceptual", "semantic")
@@ -35,8 +35,7 @@ WORDS = ("hard", "easy", "random", "id")
 @click.option("--eps", type=click.FloatRange(0, 1), help="Copies have a cosine of at least 1 - eps. [0.01]")
 @click.option("--target-keep", type=click.FloatRange(0, 1, min_open=True), help="Share of rows to keep; chooses eps.")
 @click.option(
-    "--keep",
-    "which_to_keep",
+    "--which-to-keep",
     help="Which of similar rows stays: hard, easy, random, id, or COLUMN:ascending, COLUMN:descending. [hard, id]",
 )
 @click.option("--chains", is_flag=True, help="Compare with removed rows too, as SemDeDup was published.")
@@ -124,7 +123,7 @@ def _which_to_keep(text: str | None) -> Any:
     column, colon, direction = text.rpartition(":")
     if not (colon and column and direction in ("ascending", "descending")):
         raise ArgumentError(
-            f"--keep {text!r} is none of {', '.join(WORDS)}, and not COLUMN:ascending or COLUMN:descending"
+            f"--which-to-keep {text!r} is none of {', '.join(WORDS)}, and not COLUMN:ascending or COLUMN:descending"
         )
     return column, direction == "ascending"
 

@@ -48,7 +48,15 @@ def test_tiers_follow_each_other_into_another_folder(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "pairs", {"00000": 4, "00001": 3})
 
     result = run(
-        folder, tmp_path / "out", "--tier", "perceptual", "--tier", "exact", "--keep", "seed:descending", "--json"
+        folder,
+        tmp_path / "out",
+        "--tier",
+        "perceptual",
+        "--tier",
+        "exact",
+        "--which-to-keep",
+        "seed:descending",
+        "--json",
     )
 
     assert result.exit_code == 0, result.output
@@ -70,8 +78,8 @@ def test_tells_people(pairs: Path, tmp_path: Path) -> None:
     [
         (["--tier", "exact", "--eps", 0.1], "--eps is for --tier semantic"),
         (["--max-distance", 3], "--max-distance is for --tier perceptual"),
-        (["--keep", "score"], "--keep 'score' is none of"),
-        (["--keep", "beauty:descending"], "no column 'beauty'"),
+        (["--which-to-keep", "score"], "--which-to-keep 'score' is none of"),
+        (["--which-to-keep", "beauty:descending"], "no column 'beauty'"),
         (["--n-clusters", 121], "n_clusters=121 is more than the 120 rows"),
         (["--embedding-column", "clip"], "no column 'clip'"),
         (["--against", "/no/such/result"], "no finished deduplication"),
