@@ -198,6 +198,25 @@ def test_embeddings_to_compute_stay_to_compute(dataset: ImageTextPairDataset) ->
     assert verdict(computed(found)) == verdict(computed(ExactDedup()(dataset)))
 
 
+def test_pending_embeddings_are_computed_once(dataset: ImageTextPairDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_image.embedders import TimmImageEmbedder
+    from nemo_image.embedders.base import EmbedPartition
+    from tests.makers import TINY_MODEL
+
+    found = SemanticDedup(n_clusters=1, eps=0.0)(TimmImageEmbedder(TINY_MODEL)(dataset))
+    assert "image_embedding" not in found.lineage.pending
+
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("embedded again")
+
+    monkeypatch.setattr(EmbedPartition, "__call__", refuse)
+    assert {f"b{seed:02d}": f"a{seed:02d}" for seed in range(5)}.items() <= symmetric(verdict(computed(found))).items()
+
+
+def symmetric(pairs: dict[str, str]) -> dict[str, str]:
+    return {**pairs, **{twin: copy for copy, twin in pairs.items()}}
+
+
 def test_cascade(tmp_path: Path, images: Any) -> None:
     """Each tier judges what the one before kept; who fell keeps what it says."""
     dataset = write_images(tmp_path / "data", images)

@@ -39,7 +39,8 @@ def test_semantic(bucket: str, store: Any, tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(computed(found), wanted)
     assert found.save_metadata().provenance["is_duplicate"]["operator"] == "SemanticDedup"
     assert DedupResult.read(f"{bucket}/out") == dedup.result_
-    left = {name.removeprefix(f"{bucket}/out/".removeprefix("s3://")).partition("/")[0] for name in store.find(f"{bucket}/out")}
+    root = f"{bucket}/out/".removeprefix("s3://")
+    left = {name.removeprefix(root).partition("/")[0] for name in store.find(root)}
     assert left == {
         "plan.json",
         "result.json",
