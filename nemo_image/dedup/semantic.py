@@ -56,7 +56,8 @@ class SemanticDedup:
     fit_rows : int, optional
         Rows that k-means is fitted on, chosen by a hash of (shard, id); 256 for each cluster by default.
     n_probe : int, default 1
-        Compare with the rows of so many nearest clusters, the row's own among them. Takes as many times longer.
+        Compare with the rows of so many nearest clusters, the row's own among them (all, if there are fewer). Takes as
+        many times longer, and as many times the disk space while it runs.
     centroids : str or ndarray, optional
         An ``.npy`` file or matrix of centroids, one row a cluster, in place of a fit.
     against : str or DedupResult, optional
