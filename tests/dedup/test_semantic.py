@@ -318,6 +318,23 @@ def test_estimate_of_what_was_missed(loose: ImageTextPairDataset) -> None:
     assert f"{missed.pair_recall:.1%}" in str(dedup.result_)
 
 
+def test_the_sample_is_the_first_rows_by_hash(loose: ImageTextPairDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer rows than there are: those with the smallest hashes, whatever the shards."""
+    for name in ("sample.FIRST_ROWS", "missed.SAMPLED_ROWS"):
+        monkeypatch.setattr(f"nemo_image.dedup.clusters.{name}", 50)
+    monkeypatch.setattr("nemo_image.dedup.semantic_run.SAMPLED_ROWS", 50)
+    dedup = SemanticDedup(n_clusters=12, eps=0.1)
+    found = computed(dedup(loose))
+
+    choice = row_hashes(found["shard"].tolist(), found["key"].tolist(), 1234 ^ 0x5EED)
+    sampled = set(found.loc[np.argsort(choice)[:50], "key"])
+    pairs = [{name for _, name in pair} for pair in all_pairs(oracle_frame(found), 0.1)]
+    assert dedup.result_ is not None
+    assert dedup.result_.missed is not None
+    assert dedup.result_.missed.sampled == 50
+    assert dedup.result_.missed.pairs == sum(len(pair & sampled) for pair in pairs) > 0
+
+
 @pytest.mark.parametrize("representative", [True, False])
 def test_probing_more_clusters_misses_less(loose: ImageTextPairDataset, representative: bool) -> None:
     recall, removed = [], []

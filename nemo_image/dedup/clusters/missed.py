@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from nemo_image.dedup.clusters.sample import unit_rows
+from nemo_image.dedup.clusters.sample import FIRST_ROWS, unit_rows
 from nemo_image.dedup.exchange.rows import Hashes
 from nemo_image.dedup.exchange.usable import Matrix
 from nemo_image.dedup.pairs.vectors import Vectors
 from nemo_image.dedup.result import Missed
 
-SAMPLED_ROWS = 1024
+SAMPLED_ROWS = FIRST_ROWS
 BLOCK_ROWS = 4096
 
 Counts = npt.NDArray[np.int64]

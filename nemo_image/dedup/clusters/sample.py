@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from nemo_image.datasets.partitions import PartitionTask
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.dedup.clusters.centroids import CENTROIDS, write_centroids
 from nemo_image.dedup.clusters.kmeans import fit_kmeans
 from nemo_image.dedup.exchange.rows import HASH, Hashes, row_hashes
-from nemo_image.dedup.exchange.runs import read_batches, write_batches
+from nemo_image.dedup.exchange.runs import read_batch, write_batches
 from nemo_image.dedup.exchange.survey import state_columns
 from nemo_image.dedup.exchange.usable import Matrix, usable_vectors
 from nemo_image.dedup.exchange.work import Work, frames, run_all
@@ -27,6 +28,7 @@ SEED = 0x5EED
 """Sets the choice apart from the order ``"random"`` of the same seed."""
 
 SAMPLE = "sample"
+FIRST_ROWS = 1024
 _SPARE = 6.0
 """Standard deviations by which more rows are drawn than wanted, so that enough are found."""
 
@@ -42,13 +44,22 @@ class SampledShard:
 
 
 class SampleShard:
-    """Writes the embeddings of a shard's chosen rows."""
+    """Writes the embeddings of a shard's chosen rows.
 
-    def __init__(self, source: DatasetSource, folder: str, id_column: str, column: str, limit: int, seed: int) -> None:
+    Parameters
+    ----------
+    first, limit : int
+        Rows with a hash up to `limit` are chosen. Those up to `first` go into a record batch of their own.
+    """
+
+    def __init__(
+        self, source: DatasetSource, folder: str, id_column: str, column: str, first: int, limit: int, seed: int
+    ) -> None:
         self.source = source
         self.folder = folder
         self.id_column = id_column
         self.column = column
+        self.first = first
         self.limit = limit
         self.seed = seed
 
@@ -77,7 +88,9 @@ class SampleShard:
                 "vector": vector_column(np.concatenate(vectors)),
             }
         )
-        write_batches(url, table, np.array([len(table)]), self.source.storage_options)
+        table = table.take(pc.sort_indices(table["choice"]))
+        first = int((table["choice"].to_numpy() <= np.uint64(self.first)).sum())
+        write_batches(url, table, np.array([first, len(table) - first]), self.source.storage_options)
         return SampledShard(shard, url, len(table), vectors[0].shape[1])
 
 
@@ -91,12 +104,11 @@ def draw_sample(work: Work, folder: str, id_column: str, column: str, wanted: in
     RunError
         If shards could not be read.
     """
-    share = 1.0 if judged == 0 else min(1.0, (wanted + _SPARE * np.sqrt(wanted) + _SPARE**2) / judged)
-    limit = int(share * (2**64 - 1)) if share < 1 else 2**64 - 1
     source = work.source
     tasks = work.tasks([id_column, column, *state_columns(work.columns)])
     items = ((number, shard, task) for number, (shard, task) in enumerate(tasks))
-    sampling = SampleShard(source, folder, id_column, column, limit, seed)
+    first, limit = (_limit(rows, judged) for rows in (min(FIRST_ROWS, wanted), wanted))
+    sampling = SampleShard(source, folder, id_column, column, first, limit, seed)
     found = run_all(
         "sample rows", sampling, items, len(tasks.shards), name_of=lambda item: item[1], rows_of=lambda one: one.rows
     )
@@ -107,12 +119,19 @@ def draw_sample(work: Work, folder: str, id_column: str, column: str, wanted: in
     return [one.url for one in found if one.url is not None]
 
 
+def _limit(wanted: int, judged: int) -> int:
+    """Return the hash up to which about `wanted` of the `judged` rows lie, rather more."""
+    share = 1.0 if judged == 0 else (wanted + _SPARE * np.sqrt(wanted) + _SPARE**2) / judged
+    return int(share * (2**64 - 1)) if share < 1 else 2**64 - 1
+
+
 def read_sample(urls: Sequence[str], at_most: int, storage_options: Any) -> tuple[Hashes, Matrix]:
     """Return the hashes and vectors of the sampled rows that are chosen first, in the order of choice.
 
-    The hashes are those of run files, by which a row is told.
+    The hashes are those of run files, by which a row is told. Up to `FIRST_ROWS`, only those rows are read.
     """
-    tables = [table for url in urls for table in read_batches(url, None, storage_options)]
+    numbers = (0,) if at_most <= FIRST_ROWS else (0, 1)
+    tables = [read_batch(url, number, None, storage_options) for url in urls for number in numbers]
     if not tables:
         return np.zeros(0, np.uint64), np.zeros((0, 0), np.float32)
     choice, hashes = (np.concatenate([table[name].to_numpy() for table in tables]) for name in ("choice", HASH))
