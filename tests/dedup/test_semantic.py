@@ -15,6 +15,7 @@ import pytest
 
 from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.dedup import DedupResult, SemanticDedup, kept_fraction
+from nemo_image.dedup.clusters.settle import Settling
 from nemo_image.dedup.exchange.rows import row_hashes
 from nemo_image.errors import (
     ArgumentError,
@@ -356,6 +357,20 @@ def test_probing_more_clusters_misses_less(loose: ImageTextPairDataset, represen
         np.testing.assert_array_equal(found["max_similarity"].to_numpy(np.float32), whole["max_similarity"].to_numpy())
 
 
+def test_a_row_that_became_a_twin_stays() -> None:
+    """1 falls to 9, and 5, which fell to 1, gets 3 for a twin: so 3, which is like 9 too, must stay."""
+    home = {1: (False, -1), 3: (False, -1), 5: (True, 1), 7: (False, -1)}
+    settling = Settling(home, cross={1: 9, 3: 9, 5: 3, 7: 1}, dependants={1: [5]})
+    settling.run([1, 3, 5, 7])
+    assert settling.fallen == {1}  # and 7 stays too: its twin fell
+
+
+def test_a_row_with_a_dependant_that_has_no_other_twin_stays() -> None:
+    settling = Settling({1: (False, -1)}, cross={1: 9}, dependants={1: [5]})
+    settling.run([1])
+    assert settling.fallen == set()
+
+
 def assert_consistent(found: pd.DataFrame, eps: float, representative: bool) -> None:
     """Every removed row's twin is there, as similar as is said, and kept where that is promised."""
     by_name = {(row.shard, row.key): row for row in found.itertuples()}
@@ -389,6 +404,34 @@ def test_new_shards_against_old_survivors_equal_one_run(tmp_path: Path, vectors:
     in_steps = pd.concat([computed(part) for part in found]).sort_values("key").reset_index(drop=True)
     pd.testing.assert_frame_equal(in_steps[at_once.columns], at_once)
     assert in_steps.loc[in_steps["day"] >= 6, "duplicate_of_shard"].dropna().lt("00006").any()
+
+
+def angles(*degrees: float) -> Any:
+    return np.array([[np.cos(np.radians(one)), np.sin(np.radians(one))] for one in degrees], np.float32)
+
+
+def test_old_rows_stay_whatever_eps_is_now(tmp_path: Path) -> None:
+    old = write_embeddings(tmp_path / "old", angles(0, 15), 1, ["a", "b"])
+    new = write_embeddings(tmp_path / "new", angles(30), 1, ["c"], first=1)
+    SemanticDedup(n_clusters=1, eps=0.001, output_dir=tmp_path / "out")(old)
+    # cos 15 degrees = 0.966: at this eps b would fall to a, and c would be left without a twin.
+    found = computed(SemanticDedup(eps=0.04, against=str(tmp_path / "out"))(new))
+    assert found["duplicate_of"].tolist() == ["b"]
+
+
+def test_of_equally_near_old_rows_the_older_is_the_twin(tmp_path: Path) -> None:
+    """Also if, in its own run, more rows were judged before it."""
+    order: Any = ("key", True)
+    steps = [[*[180.0] * 9, 0.0], [60.0], [30.0]]
+    folder = None
+    for number, degrees in enumerate(steps):
+        names = [f"{number}-{row}" for row in range(len(degrees))]
+        dataset = write_embeddings(tmp_path / str(number), angles(*degrees), 1, names, first=number)
+        given: dict[str, Any] = {"against": folder} if folder else {"n_clusters": 1}
+        folder = str(tmp_path / f"out-{number}")
+        found = computed(SemanticDedup(eps=0.2, which_to_keep=order, output_dir=folder, **given)(dataset))
+    assert found["duplicate_of"].tolist() == ["0-9"]
+    assert found["max_similarity"].tolist() == pytest.approx([np.cos(np.radians(30))])
 
 
 def test_rows_of_another_folder_are_named_by_it(tmp_path: Path, vectors: Any) -> None:

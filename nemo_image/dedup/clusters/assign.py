@@ -19,7 +19,7 @@ from nemo_image.dedup.clusters.sample import vector_column
 from nemo_image.dedup.clusters.solve import VISIT
 from nemo_image.dedup.exchange.rows import HASH, ORDER, Hashes, Order
 from nemo_image.dedup.exchange.scatter import Keyed
-from nemo_image.dedup.exchange.usable import JUDGED, PASSED_BY, usable_vectors
+from nemo_image.dedup.exchange.usable import usable_vectors
 from nemo_image.engine import threads
 from nemo_image.shards import files, parquet
 
@@ -110,7 +110,6 @@ class TakeSurvivors:
         matrix, rows, states, reasons = usable_vectors(frame, self.column, size)
         earlier = self._earlier(frame)
         taken = earlier["kept"].to_numpy(zero_copy_only=False)[rows]
-        states[rows[~taken]] = PASSED_BY
         matrix, rows = matrix[taken].reshape(-1, size), rows[taken]
         found = earlier.take(pa.array(rows))
         clusters = found[schema.CLUSTER].to_numpy()
@@ -124,7 +123,6 @@ class TakeSurvivors:
         if self.order_type is not None:
             columns[ORDER] = pa.nulls(len(rows), self.order_type)
         columns[VECTOR] = vector_column(matrix)
-        assert (states[rows] == JUDGED).all()
         return Keyed(pa.table(columns), rows, bucket_of(clusters, n_clusters, self.buckets), states, reasons)
 
     def _earlier(self, frame: pd.DataFrame) -> pa.Table:
