@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,7 +19,7 @@ from nemo_image.dedup.clusters.solve import SolveBucket
 from nemo_image.dedup.exchange.gather import DUPLICATES
 from nemo_image.dedup.exchange.rows import Order
 from nemo_image.dedup.exchange.work import begin, remove, run_all
-from nemo_image.dedup.result import SUMMARY
+from nemo_image.dedup.result import write_summary
 from nemo_image.dedup.sweep import is_eps
 from nemo_image.engine.run_lock import run_lock
 from nemo_image.errors import ArgumentError, DatasetError
@@ -172,12 +170,7 @@ class SemanticClusterLevelDedup:
             extracting = ExtractDuplicates(self.output_dir, 1.0 - eps_to_extract, options)
             counts = run_all("extract duplicates", extracting, range(clustered.buckets), clustered.buckets)
             removed = sum(counts)
-            text = io.StringIO()
-            lines = csv.writer(text, lineterminator="\n")
-            lines.writerow(["eps", "kept", "removed", "total"])
-            lines.writerow([eps_to_extract, clustered.judged - removed, removed, clustered.judged])
-            with files.atomic_writer(files.join(self.output_dir, SUMMARY), options) as out:
-                out.write(text.getvalue().encode())
+            write_summary(self.output_dir, [(eps_to_extract, clustered.judged - removed, removed)], options)
         urls = [duplicates_url(self.output_dir, number) for number in range(clustered.buckets)]
         reading = ReadTable(options)
         return dd.from_map(reading, urls, meta=reading(urls[0]).iloc[:0])

@@ -7,13 +7,11 @@ import os
 
 from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.dedup.exchange.rows import Order
-from nemo_image.dedup.hashes.hash_run import HashSettings, deduplicate
+from nemo_image.dedup.hashes.hash_run import HASH_WORDS, HashSettings, deduplicate
 from nemo_image.dedup.hashes.hashing import ContentHash
 from nemo_image.dedup.result import DedupResult
 
 logger = logging.getLogger("nemo_image")
-
-WORDS = ("id", "random")
 
 
 class ExactDedup:
@@ -57,7 +55,7 @@ class ExactDedup:
         self.random_state = random_state
         self.output_dir = None if output_dir is None else os.fspath(output_dir).rstrip("/")
         self.result_: DedupResult | None = None
-        self._order = Order.of(which_to_keep, WORDS)
+        self._order = Order.of(which_to_keep, HASH_WORDS)
 
     def __call__(self, dataset: ImageTextPairDataset) -> ImageTextPairDataset:
         """Hash and compare now; return the dataset with the result's columns.

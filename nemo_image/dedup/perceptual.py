@@ -8,14 +8,13 @@ from typing import Literal
 
 from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.dedup.exchange.rows import Order
-from nemo_image.dedup.hashes.hash_run import HashSettings, deduplicate
+from nemo_image.dedup.hashes.hash_run import HASH_WORDS, HashSettings, deduplicate
 from nemo_image.dedup.hashes.hashing import PerceptualHash
 from nemo_image.dedup.result import DedupResult
 from nemo_image.errors import ArgumentError
 
 logger = logging.getLogger("nemo_image")
 
-WORDS = ("id", "random")
 BITS = 64
 
 
@@ -80,7 +79,7 @@ class PerceptualDedup:
         self.num_threads = num_threads
         self.output_dir = None if output_dir is None else os.fspath(output_dir).rstrip("/")
         self.result_: DedupResult | None = None
-        self._order = Order.of(which_to_keep, WORDS)
+        self._order = Order.of(which_to_keep, HASH_WORDS)
 
     def __call__(self, dataset: ImageTextPairDataset) -> ImageTextPairDataset:
         """Hash and compare now; return the dataset with the result's columns.

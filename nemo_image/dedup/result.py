@@ -166,12 +166,8 @@ class DedupResult:
 
     def write(self, storage_options: Any) -> None:
         """Write the summary, and last the result itself."""
-        text = io.StringIO()
-        lines = csv.writer(text, lineterminator="\n")
-        lines.writerow(["eps", "kept", "removed", "total"])
-        lines.writerows([one.eps, one.kept, one.removed, one.total] for one in self.sweep)
-        with files.atomic_writer(files.join(self.folder, SUMMARY), storage_options) as out:
-            out.write(text.getvalue().encode())
+        rows = [(one.eps, one.kept, one.removed) for one in self.sweep]
+        write_summary(self.folder, rows or [("", self.kept, self.removed)], storage_options)
         write_json(files.join(self.folder, RESULT), asdict(self), storage_options)
 
     def __str__(self) -> str:
@@ -183,6 +179,16 @@ class DedupResult:
         if self.missed is not None:
             lines.append(f"estimate of what was missed: {self.missed}")
         return "\n".join(lines)
+
+
+def write_summary(folder: str, rows: Sequence[tuple[float | str, int, int]], storage_options: Any) -> None:
+    """Write ``dedup_summary.csv``: eps (empty for hashes, which have none), rows kept, removed, and both."""
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["eps", "kept", "removed", "total"])
+    lines.writerows([eps, kept, removed, kept + removed] for eps, kept, removed in rows)
+    with files.atomic_writer(files.join(folder, SUMMARY), storage_options) as out:
+        out.write(text.getvalue().encode())
 
 
 class ResultColumns:

@@ -32,6 +32,8 @@ ROW_BYTES = 160
 """Bytes that a row of a run file takes, about."""
 
 BUCKET_ROWS = 2**21
+HASH_WORDS = ("id", "random")
+"""The orders that need no column."""
 
 KEY = "image_key"
 """The column of a run file with the hash of the image."""
