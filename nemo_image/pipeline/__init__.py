@@ -1,0 +1,1 @@
+"""Pipelines of stages, run on Dask: `Pipeline`, `DaskExecutor`, and configurations in YAML."""

@@ -1,0 +1,1 @@
+"""Stages of a pipeline: read, embed, score and filter, remove duplicates, write."""
