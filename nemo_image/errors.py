@@ -17,6 +17,7 @@
     ├── EmbeddingError                    an embedding column has the wrong size or origin
     ├── RunError                          a run ended with failed shards (``failures`` lists them)
     │   └── TooManyFailuresError          … so many that it was stopped early
+    ├── PipelineError (ArgumentError)     the stages of a pipeline do not fit together
     ├── OutputBusyError                   another run is writing to the same output
     ├── ClusterError                      a cluster cannot be started or joined
     └── MissingDependencyError (ImportError)   an optional package is absent (names the pip line)
@@ -33,6 +34,10 @@ class NemoImageError(Exception):
 
 class ArgumentError(NemoImageError, ValueError):
     """An argument of a call is unusable."""
+
+
+class PipelineError(ArgumentError):
+    """The stages of a pipeline do not fit together."""
 
 
 class DatasetError(NemoImageError):

@@ -155,7 +155,7 @@ class ImageClassifier:
         classifier = copy.copy(self)
         made_by = dataset.provenance.get(self.embedding_column)
         if made_by is not None:
-            classifier._check_origin(made_by)
+            classifier.check_origin(made_by)
         classifier.prepare()
         # Once: a model that keeps notes on the object as it runs stays the same model.
         classifier._planned = classifier._behaviour()
@@ -244,7 +244,14 @@ class ImageClassifier:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.model_name!r}, {self.embedding_column!r} -> {self.pred_column!r})"
 
-    def _check_origin(self, made_by: Mapping[str, Any]) -> None:
+    def check_origin(self, made_by: Mapping[str, Any]) -> None:
+        """Check that the model takes embeddings with the fingerprint `made_by`.
+
+        Raises
+        ------
+        EmbeddingError
+            If they are of another size or origin.
+        """
         by = f"made by model {made_by.get('model')!r}"
         size = made_by.get("embedding_size", self.embedding_size)
         if size != self.embedding_size:

@@ -131,8 +131,15 @@ class ClipL14Classifier(ImageClassifier):
             )
         return without
 
-    def _check_origin(self, made_by: Mapping[str, Any]) -> None:
-        super()._check_origin(made_by)
+    def check_origin(self, made_by: Mapping[str, Any]) -> None:
+        """Check that the head takes embeddings with the fingerprint `made_by`; warn where they mean nothing.
+
+        Raises
+        ------
+        EmbeddingError
+            If they are of another size or origin.
+        """
+        super().check_origin(made_by)
         if str(made_by.get("weights_sha256", "")).startswith("random"):
             logger.warning(
                 "%s scores embeddings of a random network (column %r): the scores mean nothing",

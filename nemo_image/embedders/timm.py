@@ -130,6 +130,19 @@ class TimmImageEmbedder(ImageEmbedder):
         self._check_arguments()
         if self.autocast and self.image_embedding_column not in dataset.provenance and candidate_dtype("cpu"):
             start_ahead()  # the probe's child process, while the model is built
+        prepared = self.load()
+        if self.autocast:
+            prepared.dtype = prepared.settled_dtype(dataset)
+        return prepared
+
+    def load(self, device: str = "cpu") -> PreparedTimmEmbedder:
+        """Check the arguments, load the weights, and return what tasks carry, to run on `device` in float32.
+
+        Raises
+        ------
+        ArgumentError, UnknownModelError, WeightsError
+        """
+        self._check_arguments()
         timm_models.check_name(self.model_name)
         model, identity = timm_models.identified_model(self.model_name, self.pretrained, self.weights)
         if identity == timm_models.RANDOM_WEIGHTS:
@@ -139,10 +152,8 @@ class TimmImageEmbedder(ImageEmbedder):
                 self.model_name,
             )
         size, transform = timm_models.describe(self.model_name)
-        prepared = PreparedTimmEmbedder(self, identity, size, _transform_record(transform), "float32")
+        prepared = PreparedTimmEmbedder(self, identity, size, _transform_record(transform), "float32", device)
         prepared.model(loaded=model)
-        if self.autocast:
-            prepared.dtype = prepared.settled_dtype(dataset)
         return prepared
 
     def _check_arguments(self) -> None:
@@ -199,7 +210,13 @@ class PreparedTimmEmbedder(TimmImageEmbedder):
     """A timm embedder with all that the client settles: what the tasks carry."""
 
     def __init__(
-        self, settings: TimmImageEmbedder, identity: str, size: int, preprocessing: Mapping[str, Any], dtype: str
+        self,
+        settings: TimmImageEmbedder,
+        identity: str,
+        size: int,
+        preprocessing: Mapping[str, Any],
+        dtype: str,
+        device: str = "cpu",
     ) -> None:
         self.__dict__.update(settings.__dict__)
         self.classifiers = ()
@@ -207,7 +224,7 @@ class PreparedTimmEmbedder(TimmImageEmbedder):
         self.size = size
         self.preprocessing = dict(preprocessing)
         self.dtype = dtype
-        self.device = "cpu"
+        self.device = device
 
     def prepare(self, dataset: ImageTextPairDataset) -> PreparedTimmEmbedder:
         """Return itself."""
@@ -265,20 +282,24 @@ class PreparedTimmEmbedder(TimmImageEmbedder):
         before = dataset.provenance.get(self.image_embedding_column)
         if before is not None and {**before, "dtype": self.dtype} == self.fingerprint():
             return str(before["dtype"])
+        source = dataset.source
+        return self.probed_dtype([source.tar_url(shard) for shard in dataset.shards[:3]], source.storage_options)
+
+    def probed_dtype(self, tar_urls: Iterable[str], storage_options: Mapping[str, Any]) -> str:
+        """Return the number type that a probe finds best for the first pictures of some tars."""
         if candidate_dtype(self.device) is None:
             return self.dtype
-        pixels = self._probe_pixels(dataset)
-        return probe_dtype(self._forward_as, pixels, self.device)
+        return probe_dtype(self._forward_as, self._probe_pixels(tar_urls, storage_options), self.device)
 
-    def _probe_pixels(self, dataset: ImageTextPairDataset) -> Any:
-        """Prepare the first pictures of the first shard that has any; none where there is no such shard."""
+    def _probe_pixels(self, tar_urls: Iterable[str], storage_options: Mapping[str, Any]) -> Any:
+        """Prepare the first pictures of the first tar that has any; none where there is no such tar."""
         import torch
 
         preprocessor = self.preprocessor(self.device, self.num_threads_per_worker)
         # In a child process: a picture that crashes its decoder must not take the user's notebook with it.
         with IsolatedPreprocessor(preprocessor) as prepare:
-            for shard in dataset.shards[:3]:
-                with ShardReader(dataset.source.tar_url(shard), dataset.source.storage_options) as reader:
+            for tar_url in tar_urls:
+                with ShardReader(tar_url, storage_options) as reader:
                     images = [one.image for one in reader.index.samples if one.image is not None][:PROBED_IMAGES]
                     batch = prepare(list(reader.read_many(images)))
                 if batch.rows:
@@ -328,15 +349,15 @@ class PreparedTimmEmbedder(TimmImageEmbedder):
 
         def one(item: _Prepared) -> _Embedded:
             rows, batch = item
-            return rows, batch, self._embed(normalized(prepare, batch, self.device)) if batch.rows else None
+            return rows, batch, self.embed(normalized(prepare, batch, self.device)) if batch.rows else None
 
         workers = threads.task_share() if self.device == "cpu" else 1
         alone = partial(threads.set_own_torch_threads, 1)
         with threads.torch_threads(1):
             yield from map_in_order(one, ready, workers, alone)
 
-    def _embed(self, pixels: Any) -> npt.NDArray[Any]:
-        """Run the model; a batch that does not fit the GPU's memory is halved and tried again."""
+    def embed(self, pixels: Any) -> npt.NDArray[Any]:
+        """Run the model on normalised pixels; a batch that does not fit the GPU's memory is halved and tried again."""
         import torch
 
         try:
@@ -347,7 +368,7 @@ class PreparedTimmEmbedder(TimmImageEmbedder):
             torch.cuda.empty_cache()
             half = len(pixels) // 2
             logger.warning("out of GPU memory with %d images at once: trying %d", len(pixels), half)
-            return np.concatenate([self._embed(pixels[:half]), self._embed(pixels[half:])])
+            return np.concatenate([self.embed(pixels[:half]), self.embed(pixels[half:])])
         return result
 
     def _forward_as(self, pixels: Any, dtype: str) -> Any:

@@ -11,6 +11,7 @@ import itertools
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from nemo_image.engine import threads
@@ -18,18 +19,32 @@ from nemo_image.engine import threads
 Item = TypeVar("Item")
 Record = TypeVar("Record")
 
+_no_client: contextvars.ContextVar[bool] = contextvars.ContextVar("nemo_image_no_client", default=False)
+
 TASKS_PER_THREAD = 3
 """Submitted tasks for each thread of the cluster: enough that no thread waits for the client."""
 
 
 def current_client() -> Any | None:
     """Return the Dask client that the caller works with, or None."""
+    if _no_client.get():
+        return None
     try:
         from distributed import default_client
 
         return default_client()
     except (ImportError, ValueError):
         return None
+
+
+@contextmanager
+def without_client() -> Iterator[None]:
+    """Have tasks run in threads of this process inside the ``with`` block, whether there is a client or not."""
+    token = _no_client.set(True)
+    try:
+        yield
+    finally:
+        _no_client.reset(token)
 
 
 def run_tasks(

@@ -8,7 +8,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, ClassVar, Generic, TypeVar, get_args
 
@@ -66,6 +66,9 @@ class RunContext:
         Where finished groups are noted; None for a run that remembers nothing.
     token : str
         Names the pipeline: its stages and their arguments, not its input.
+    settled : dict of str to dict
+        By a stage's name, what an earlier run of the same checkpoint found out for it; see
+        :meth:`ProcessingStage.settled`.
     """
 
     name: str
@@ -73,6 +76,7 @@ class RunContext:
     has_gpu: bool = False
     checkpoint_path: str | None = None
     token: str = ""
+    settled: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def device(self, gpus: float) -> str:
         """Return torch's name of the device for a stage with a share of a GPU."""
@@ -94,12 +98,15 @@ class ProcessingStage(Generic[X, Y]):
         Tasks that :meth:`process_batch` gets at once.
     thread_safe : bool
         Whether several threads of a process may call it at once.
+    works_ahead : bool
+        Whether its next tasks are made in a thread of their own while later stages work.
     """
 
     name: str = ""
     resources: Resources = Resources()
     batch_size: int = 1
     thread_safe: ClassVar[bool] = False
+    works_ahead: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -154,6 +161,22 @@ class ProcessingStage(Generic[X, Y]):
     def connect(self, earlier: Sequence[ProcessingStage[Any, Any]], later: Sequence[ProcessingStage[Any, Any]]) -> None:
         """Look at the (prepared) stages before and behind this one."""
 
+    def settled(self) -> dict[str, Any]:
+        """Return what :meth:`prepare` found out by trying, for later runs to go on with: values for JSON."""
+        return {}
+
+    def made_of(self) -> Any:
+        """Return what a prepared stage is made of besides its arguments, the files it reads, say: values for JSON."""
+        return None
+
+    def output_folder(self) -> str | None:
+        """Return the folder that the stage writes to, if it does."""
+        return None
+
+    def outputs_intact(self, outputs: Sequence[Task[Any]]) -> bool:
+        """Tell whether what the stage gave for a group in an earlier run is still there."""
+        return False
+
     def column_fingerprints(self) -> Mapping[str, Mapping[str, Any]]:
         """Return, for each column of results that the stage adds, what makes it: values for JSON."""
         return {}
@@ -168,7 +191,7 @@ class ProcessingStage(Generic[X, Y]):
         group : FileGroup
             What they come from.
         """
-        for some in _batches(tasks, max(1, self.batch_size)):
+        for some in batches(tasks, max(1, self.batch_size)):
             yield from self.process_batch(some)
 
     def finish(self, context: RunContext, finished: Sequence[GroupRecord]) -> dict[str, Any]:
@@ -237,7 +260,8 @@ def collecting_metrics() -> Iterator[Metrics]:
         _metrics.reset(token)
 
 
-def _batches(tasks: Iterable[X], size: int) -> Iterator[list[X]]:
+def batches(tasks: Iterable[X], size: int) -> Iterator[list[X]]:
+    """Cut tasks into lists of `size`, drawing no more of them than are asked for."""
     rest = iter(tasks)
     while some := list(islice(rest, size)):
         yield some

@@ -12,8 +12,8 @@ class ModelInput(Protocol):
     """How a model's input is made of a stored picture.
 
     The reader makes it while it decodes, in its threads, and keeps it in ``ImageObject.prepared[key]``: a uint8 tensor
-    (3, height, width) before normalising, or, where the preprocessor says that its pixels are normalised, a tensor as the
-    model takes it. A stage that finds nothing there makes its input itself.
+    (3, height, width) before normalising, or, where the preprocessor says that its pixels are normalised, a tensor as
+    the model takes it. A stage that finds nothing there makes its input itself.
     """
 
     @property

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
-from nemo_image.errors import ArgumentError
-from nemo_image.shards.decode import decode_rgb
+from nemo_image.errors import ArgumentError, ImageError
+from nemo_image.shards.decode import decode_rgb, read_header
 from nemo_image.shards.index import Member, Sample
 from nemo_image.shards.read import CHUNK, ShardReader
 
@@ -291,6 +291,20 @@ class ImageObject:
         self._pixels = None
         self._replaced = False
         self.prepared = {}
+
+    def stored_size(self) -> tuple[int, int] | None:
+        """Return width and height of the stored image in pixels, from its first bytes; None if they cannot be read."""
+        if self.width is None and self.image_error is None:
+            data = self.image_bytes
+            try:
+                if data is not None:
+                    header = read_header(data)
+                    self.width, self.height = header.width, header.height
+                elif self._pixels is not None:
+                    self.height, self.width = self._pixels.shape[:2]
+            except ImageError as error:
+                self.image_error = error.reason
+        return None if self.width is None or self.height is None else (self.width, self.height)
 
     # Between processes -----------------------------------------------------------------------------------------------
 

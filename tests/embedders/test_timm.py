@@ -134,7 +134,7 @@ def test_out_of_gpu_memory_halves_the_batch(
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     pixels = torch.arange(10.0).reshape(10, 1, 1, 1)
     with caplog.at_level(logging.WARNING):
-        assert embedder._embed(pixels).ravel().tolist() == list(range(10))
+        assert embedder.embed(pixels).ravel().tolist() == list(range(10))
     assert sizes == [10, 5, 2, 3, 5, 2, 3]
     assert "trying 5" in caplog.text
 
@@ -148,7 +148,7 @@ def test_one_picture_that_does_not_fit_is_an_error(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(embedder, "_forward_as", forward)
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        embedder._embed(torch.zeros(1, 1))
+        embedder.embed(torch.zeros(1, 1))
 
 
 # --------------------------------------------------------------------------------------------------------------- rest

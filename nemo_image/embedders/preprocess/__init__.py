@@ -15,6 +15,7 @@ DaliPreprocessor            DALI, CPU or GPU (JPEG; else torchvision's)  at most
 from nemo_image.embedders.preprocess.batch import PreprocessedBatch, Preprocessor, normalize
 from nemo_image.embedders.preprocess.choose import PreprocessDecoder, make_preprocessor
 from nemo_image.embedders.preprocess.convert import spec_from_transform
+from nemo_image.embedders.preprocess.from_pixels import preprocess_pixels
 from nemo_image.embedders.preprocess.isolated import GuardedPreprocessor, IsolatedPreprocessor
 from nemo_image.embedders.preprocess.pillow_path import PillowPreprocessor
 from nemo_image.embedders.preprocess.spec import PreprocessSpec, ResizePlan
@@ -33,6 +34,7 @@ __all__ = [
     "TorchvisionPreprocessor",
     "make_preprocessor",
     "normalize",
+    "preprocess_pixels",
     "spec_from_transform",
     "start_ahead",
 ]

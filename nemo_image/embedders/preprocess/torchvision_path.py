@@ -55,10 +55,15 @@ class TorchvisionPreprocessor:
         def preprocess(row: int, blob: bytes) -> ImageHeader:
             header, picture = decode_rgb(blob, max_pixels=self.max_pixels)
             plan = plan_picture(self.spec, header, self.max_pixels)
-            _write_window(_resize(picture, plan, self.spec.interpolation), plan, self.spec.fill, pixels[row])
+            resize_into(picture, plan, self.spec, pixels[row])
             return header
 
         return collect(pixels, preprocess_each(blobs, preprocess, self.num_threads))
+
+
+def resize_into(picture: torch.Tensor, plan: ResizePlan, spec: PreprocessSpec, out: torch.Tensor) -> None:
+    """Resize and crop an upright picture, uint8 [3, height, width], into [3, crop height, crop width]."""
+    _write_window(_resize(picture, plan, spec.interpolation), plan, spec.fill, out)
 
 
 def _resize(picture: torch.Tensor, plan: ResizePlan, interpolation: str) -> torch.Tensor:
