@@ -12,6 +12,7 @@ from typing import Any
 
 from dask.utils import parse_bytes
 
+from nemo_image.engine.ledger import FOLDER
 from nemo_image.errors import ArgumentError, DatasetError
 from nemo_image.shards import files
 from nemo_image.stages.base import Fields, ProcessingStage, Resources
@@ -123,9 +124,13 @@ class FilePartitioningStage(ProcessingStage[EmptyTask, FileGroup]):
             raise DatasetError(f"{path} does not end in {' or '.join(self._suffixes)}: give file_extensions")
         start = inside.rstrip("/") + "/"
         below = [name.removeprefix(start) for name in fs.find(inside)]
-        # Our own records, and unfinished files, are no input.
-        names = [name for name in below if not any(part.startswith((".", "_nemo_image")) for part in name.split("/"))]
-        return [files.join(path.rstrip("/"), name) for name in names if name.lower().endswith(self._suffixes)]
+        # Our own records are no input.
+        names = [name for name in below if self._is_input(name) and f"/{FOLDER}/" not in f"/{name}"]
+        return [files.join(path.rstrip("/"), name) for name in names]
+
+    def _is_input(self, name: str) -> bool:
+        """Tell whether a file has an extension that is wanted; unfinished ones begin with a dot."""
+        return not posixpath.basename(name).startswith(".") and name.lower().endswith(self._suffixes)
 
     def _expand(self, pattern: str) -> list[str]:
         from braceexpand import braceexpand
@@ -137,7 +142,7 @@ class FilePartitioningStage(ProcessingStage[EmptyTask, FileGroup]):
         urls: list[str] = []
         for name in names:
             if any(char in name for char in "*?["):
-                urls += [one for one in files.glob(name, self.storage_options) if one.lower().endswith(self._suffixes)]
+                urls += [one for one in files.glob(name, self.storage_options) if self._is_input(one)]
             else:
                 urls += self._find(name)
         return urls
