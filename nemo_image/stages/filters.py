@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 
 from nemo_image import schema
-from nemo_image.errors import ArgumentError
+from nemo_image.errors import ArgumentError, ImageError
 from nemo_image.filters import KeepExpression
 from nemo_image.stages.base import Fields, ProcessingStage
 from nemo_image.stages.tasks import ImageBatch, ImageObject
@@ -53,9 +53,12 @@ class ImageFilterStage(ProcessingStage[ImageBatch, ImageBatch]):
         return task.with_images([image for image in task.data if self._keeps(image)])
 
     def _keeps(self, image: ImageObject) -> bool:
-        if image.image_error is not None:
-            return self.keeps_bad_images
-        return bool(self.keep(image))
+        if image.image_error is None:
+            try:
+                return bool(self.keep(image))
+            except ImageError:  # decoded for the first time: `image_error` now says so
+                self.log_metric("bad images found")
+        return self.keeps_bad_images
 
 
 @dataclass

@@ -250,11 +250,20 @@ class ImageObject:
 
         Decoded when they are first asked for, unless the reader did so ahead; they are read-only. Assigning other
         pixels changes what later stages see, not the file that is written.
+
+        Raises
+        ------
+        ImageError
+            If the picture turns out to be bad; from then on, `image_error` says why.
         """
         if self._pixels is None and self.image_error is None:
             data = self.image_bytes
             if data is not None:
-                self.hold_pixels(decode_rgb(data)[1].permute(1, 2, 0).numpy())
+                try:
+                    self.hold_pixels(decode_rgb(data)[1].permute(1, 2, 0).numpy())
+                except ImageError as error:
+                    self.image_error = error.reason
+                    raise
         return self._pixels
 
     @image_data.setter

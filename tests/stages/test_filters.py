@@ -47,6 +47,17 @@ def test_bad_images_go_unless_the_filter_keeps_them() -> None:
     assert kept(tolerant, image("a"), bad) == ["a", "bad"]
 
 
+def test_an_image_that_turns_out_to_be_bad_stops_nothing() -> None:
+    class Bright(ImageFilterStage):
+        def keep(self, image: ImageObject) -> bool:
+            assert image.image_data is not None
+            return bool(image.image_data.mean() >= 0)
+
+    bad = ImageObject(image_id="bad", image_bytes=b"no picture")
+    assert kept(Bright(), image("a", size=(8, 8)), bad, image("b", size=(8, 8))) == ["a", "b"]
+    assert str(bad.image_error).startswith("unknown:")
+
+
 def test_a_filter_without_keep_says_so() -> None:
     class Nothing(ImageFilterStage):
         pass
