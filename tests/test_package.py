@@ -242,7 +242,7 @@ def commands() -> list[str]:
 
 
 def test_the_commands_of_the_readme_are_understood() -> None:
-    assert {line.split()[1] for line in commands()} == {"curate", "dedup", "inspect", "index"}
+    assert {line.split()[1] for line in commands()} == {"curate", "dedup", "run", "inspect", "index"}
     for line in commands():
         _, name, *arguments = shlex.split(line)
         command = cli.main.get_command(click.Context(cli.main), name)

@@ -18,6 +18,7 @@ COMMANDS = {
     "dedup": "nemo_image.cli.dedup",
     "index": "nemo_image.cli.index",
     "inspect": "nemo_image.cli.inspect",
+    "run": "nemo_image.cli.run",
 }
 
 

@@ -109,8 +109,8 @@ class Pipeline:
 def _described(stage: Any) -> list[str]:
     lines = []
     if is_dataclass(stage):
-        shown = [one for one in fields(stage) if one.init and one.name != "name"]
-        lines += [f"  {one.name}: {getattr(stage, one.name)!r}" for one in shown]
+        names = [one.name for one in fields(stage) if one.init and one.name != "name"]
+        lines += [f"  {name}: {getattr(stage, name)!r}" for name in names if getattr(stage, name) is not None]
     gpus = f", {stage.resources.gpus:g} GPUs" if stage.resources.gpus else ""
     lines.append(f"  Resources: {stage.resources.cpus:g} CPUs{gpus}")
     for label, (_, names) in (("Inputs", stage.inputs()), ("Outputs", stage.outputs())):

@@ -1,1 +1,46 @@
 """Stages of a pipeline: read, embed, score and filter, remove duplicates, write."""
+
+from nemo_image import errors as _errors
+
+try:
+    from nemo_image.stages.base import CompositeStage, ProcessingStage, Resources
+    from nemo_image.stages.embedder import ImageEmbeddingStage
+    from nemo_image.stages.filters import (
+        CaptionFilterStage,
+        ExpressionFilterStage,
+        ImageFilterStage,
+        ImageSizeFilterStage,
+    )
+    from nemo_image.stages.partition import FilePartitioningStage
+    from nemo_image.stages.reader import ImageReaderStage
+    from nemo_image.stages.score_filters import ImageAestheticFilterStage, ImageNSFWFilterStage
+    from nemo_image.stages.tasks import DocumentBatch, EmptyTask, FileGroup, ImageBatch, ImageObject, Task
+    from nemo_image.stages.writer import ImageWriterStage
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise _errors.MissingDependencyError(
+        "stages need torch: pip install 'nemo-image[image_cpu]', or [image_cuda12] on a GPU machine"
+    ) from error
+
+__all__ = [
+    "CaptionFilterStage",
+    "CompositeStage",
+    "DocumentBatch",
+    "EmptyTask",
+    "ExpressionFilterStage",
+    "FileGroup",
+    "FilePartitioningStage",
+    "ImageAestheticFilterStage",
+    "ImageBatch",
+    "ImageEmbeddingStage",
+    "ImageFilterStage",
+    "ImageNSFWFilterStage",
+    "ImageObject",
+    "ImageReaderStage",
+    "ImageSizeFilterStage",
+    "ImageWriterStage",
+    "ProcessingStage",
+    "Resources",
+    "Task",
+]
