@@ -37,6 +37,7 @@ DISTRIBUTIONS = {
     "rmm": "dask-cuda",
     "sklearn": "scikit-learn",
     "threadpoolctl": "scikit-learn",
+    "yaml": "pyyaml",
 }
 """Of modules that are not named like the distribution that brings them; some come with another one."""
 NOT_DECLARED = {"huggingface_hub", "IPython"}

@@ -113,9 +113,9 @@ def open_parquet_folder(
 
 def _find(folders: Sequence[str], options: Mapping[str, Any]) -> tuple[str, list[str]]:
     """Return the root of all folders, and the files below it without their suffix."""
-    folders = [folder.rstrip("/") or "/" for folder in folders]
     if not folders or not all(folders):
         raise ArgumentError("the path of the Parquet files is empty: give a folder")
+    folders = [folder.rstrip("/") or "/" for folder in folders]
     root = folders[0] if len(folders) == 1 else _common(folders)
     shards = []
     for folder in folders:

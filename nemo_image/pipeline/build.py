@@ -164,7 +164,7 @@ def _ignored(config: Mapping[str, Any]) -> Iterator[str]:
         if name != "_self_" and not str(name).startswith("override hydra/"):
             raise ArgumentError(f"defaults: {name!r}: other files are not merged; copy what it says into this one")
     for key, why in IGNORED.items():
-        if key in config:
+        if key in config and key != "defaults":
             yield f"{key} is ignored: {why}"
 
 

@@ -49,11 +49,9 @@ class OldName:
     defaults: Mapping[str, str] = field(default_factory=dict)
 
 
-_FILES = Dropped("files are read and written by fsspec: give storage_options", only=({}, None))
 _FILTER: Mapping[str, str | Dropped] = {
     "threshold": "score_threshold",
     "batch_size": "model_inference_batch_size",
-    "weights_path": Dropped("the head's file is looked for in model_dir", only=(None,)),
 }
 
 TABLE = (
@@ -77,12 +75,11 @@ TABLE = (
     OldName(
         "nemo_image.stages.ImageNSFWFilterStage",
         (f"{OLD}.stages.image.filters.nsfw_filter.ImageNSFWFilterStage",),
-        {"max_nsfw_score": "score_threshold", **_FILTER},
+        {**_FILTER, "weights_path": Dropped("the head's file is looked for in model_dir", only=(None,))},
     ),
     OldName(
         "nemo_image.stages.ImageDuplicatesRemovalStage",
         (f"{OLD}.stages.image.deduplication.removal.ImageDuplicatesRemovalStage",),
-        {"num_workers_per_node": Dropped("all stages of a file group run in one task")},
     ),
     OldName(
         "nemo_image.stages.ConvertImageBatchToDocumentBatchStage",
@@ -91,16 +88,18 @@ TABLE = (
     OldName(
         "nemo_image.stages.ImageWriterStage",
         (f"{OLD}.stages.image.io.image_writer.ImageWriterStage",),
-        {"deterministic_name": Dropped("names are always made from the input", only=(True,))},
     ),
     OldName(
         "nemo_image.stages.ParquetWriter",
         (f"{OLD}.stages.text.io.writer.ParquetWriter", f"{OLD}.stages.text.io.writer.parquet.ParquetWriter"),
         {
-            "write_kwargs": _FILES,
+            "write_kwargs": Dropped("give storage_options", only=({}, None)),
+            "fields": Dropped("the stage before says them", only=(None,)),
+            "mode": Dropped(
+                "a folder that holds something else is refused, but for replace: true", only=("ignore", "error")
+            ),
             "file_extension": Dropped("files end in .parquet", only=("parquet", ".parquet")),
-            "append_mode_implemented": Dropped("it changed nothing"),
-            "mode": Dropped("a finished file is written again only where it differs", only=("ignore", "overwrite")),
+            "append_mode_implemented": Dropped("nothing is appended", only=(False,)),
         },
     ),
     OldName(

@@ -139,15 +139,24 @@ class ShardReader:
 
     def read_json(self, sample: Sample) -> dict[str, Any] | None:
         """Return the object in a sample's JSON, None if it has none or one that cannot be parsed (logged)."""
-        return None if sample.json is None else self._parse(sample, self.read(sample.json))
+        return None if sample.json is None else self.parse_json(sample, self.read(sample.json))
 
     def read_jsons(self, samples: Sequence[Sample]) -> Iterator[dict[str, Any] | None]:
         """Yield what :meth:`read_json` returns for each of several samples; neighbours are read together."""
         blobs = self.read_many([sample.json for sample in samples if sample.json is not None])
         for sample in samples:
-            yield None if sample.json is None else self._parse(sample, next(blobs))
+            yield None if sample.json is None else self.parse_json(sample, next(blobs))
 
-    def _parse(self, sample: Sample, data: bytes) -> dict[str, Any] | None:
+    def parse_json(self, sample: Sample, data: bytes) -> dict[str, Any] | None:
+        """Return the object in the bytes of a sample's JSON, None if they cannot be parsed (logged).
+
+        Parameters
+        ----------
+        sample : Sample
+            Named in the log.
+        data : bytes
+            What :meth:`read` gave for ``sample.json``.
+        """
         try:
             fields = json.loads(data.decode(json.detect_encoding(data), "replace"))
         except (ValueError, RecursionError) as error:

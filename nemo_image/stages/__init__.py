@@ -4,6 +4,7 @@ from nemo_image import errors as _errors
 
 try:
     from nemo_image.stages.base import CompositeStage, ProcessingStage, Resources
+    from nemo_image.stages.documents import ConvertImageBatchToDocumentBatchStage, ParquetWriter
     from nemo_image.stages.embedder import ImageEmbeddingStage
     from nemo_image.stages.filters import (
         CaptionFilterStage,
@@ -13,6 +14,7 @@ try:
     )
     from nemo_image.stages.partition import FilePartitioningStage
     from nemo_image.stages.reader import ImageReaderStage
+    from nemo_image.stages.removal import ImageDuplicatesRemovalStage
     from nemo_image.stages.score_filters import ImageAestheticFilterStage, ImageNSFWFilterStage
     from nemo_image.stages.tasks import DocumentBatch, EmptyTask, FileGroup, ImageBatch, ImageObject, Task
     from nemo_image.stages.writer import ImageWriterStage
@@ -26,6 +28,7 @@ except ModuleNotFoundError as error:
 __all__ = [
     "CaptionFilterStage",
     "CompositeStage",
+    "ConvertImageBatchToDocumentBatchStage",
     "DocumentBatch",
     "EmptyTask",
     "ExpressionFilterStage",
@@ -33,6 +36,7 @@ __all__ = [
     "FilePartitioningStage",
     "ImageAestheticFilterStage",
     "ImageBatch",
+    "ImageDuplicatesRemovalStage",
     "ImageEmbeddingStage",
     "ImageFilterStage",
     "ImageNSFWFilterStage",
@@ -40,6 +44,7 @@ __all__ = [
     "ImageReaderStage",
     "ImageSizeFilterStage",
     "ImageWriterStage",
+    "ParquetWriter",
     "ProcessingStage",
     "Resources",
     "Task",

@@ -13,12 +13,15 @@ import pyarrow as pa
 from nemo_image import schema
 from nemo_image.datasets.opening import join_types
 
+DEEPEST = 32
+"""Levels of lists and fields in a column; what is nested deeper is text. Arrow ends the process at a few thousand."""
+
 
 def arrow_column(values: Sequence[Any], kinds: Sequence[pa.DataType] = ()) -> pa.Array:
     """Return values as a column that loses none of them.
 
     Of the common type of `kinds` if all values fit it exactly; else of the type that they have themselves; else, where
-    they have none in common, or one that Parquet does not have, as text: strings as they are, others as JSON.
+    they have none in common, or one that Parquet does not have, as text: lists, numbers and the like as JSON.
 
     Parameters
     ----------
@@ -28,6 +31,8 @@ def arrow_column(values: Sequence[Any], kinds: Sequence[pa.DataType] = ()) -> pa
         The types that the values had where they come from.
     """
     plain = [None if value is pd.NA or value is pd.NaT else value for value in values]
+    if any(_is_deeper(value, DEEPEST) for value in plain):
+        return _as_texts(plain)
     for kind in (common_type(kinds), None):
         column = _exact(plain, kind)
         if column is not None:
@@ -85,6 +90,14 @@ def _exact(values: list[Any], kind: pa.DataType | None) -> pa.Array | None:
     return column if _are_same(values, held) else None
 
 
+def _is_deeper(value: Any, depth: int) -> bool:
+    if not isinstance(value, dict | list | tuple):
+        return False
+    return depth == 0 or any(
+        _is_deeper(one, depth - 1) for one in (value.values() if isinstance(value, dict) else value)
+    )
+
+
 def _are_same(values: list[Any], held: list[Any]) -> bool:
     try:
         if held == values:
@@ -106,19 +119,23 @@ def _is_same(value: Any, held: Any) -> bool:
 
 
 def _as_texts(values: Sequence[Any]) -> pa.Array:
-    return pa.array([encodable(value if isinstance(value, str | None) else _as_json(value)) for value in values])
+    return pa.array([None if value is None else encodable(_as_text(value)) for value in values], pa.string())
 
 
-def _as_json(value: Any) -> str:
+def _as_text(value: Any) -> str:
+    plain = _plain(value)
+    if isinstance(plain, str):
+        return plain
     try:
-        return json.dumps(value, ensure_ascii=False, default=_plain)
+        return json.dumps(plain, ensure_ascii=False, default=_plain)
     except (TypeError, ValueError, RecursionError):  # keys that are no names, circles
         return str(value)
 
 
 def _plain(value: Any) -> Any:
     """Return what JSON knows in place of what it does not know."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return value if isinstance(value, bool | int | float | list | tuple | dict | None) else str(value)
 
 
 def _fits_parquet(kind: pa.DataType) -> bool:

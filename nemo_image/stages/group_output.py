@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import chain, count, groupby, islice
+from itertools import count, groupby, islice
 from typing import Any
 
 import pyarrow as pa
@@ -117,7 +117,7 @@ def write_group(settings: OutputSettings, group: str, images: Images, *, leaves_
         if first is None:
             break
         shard = f"{group}-{number:05d}"
-        some = chain([first], islice(images, settings.images_per_tar - 1))
+        some = _after(first, islice(images, settings.images_per_tar - 1))
         del first
         # Whether it will be full is not known yet: a short one is moved.
         with tar_output(settings, f"{shard}.tar") as tar:
@@ -131,6 +131,13 @@ def write_group(settings: OutputSettings, group: str, images: Images, *, leaves_
         done.renamed += renamed
         done.files |= complete_shard(settings, shard, tar.index, rows.table(shard, settings.columns))
     return done
+
+
+def _after(first: tuple[ImageObject, pa.Schema], rest: Images) -> Images:
+    """Yield one image, which is let go then (a chain would hold it to the end), and others."""
+    yield first
+    del first
+    yield from rest
 
 
 def _write_images(tar: TarOutput, images: Iterable[tuple[ImageObject, pa.Schema]]) -> tuple[Rows, int]:

@@ -70,11 +70,13 @@ def require_inputs_elsewhere(settings: OutputSettings, groups: Iterable[FileGrou
                 raise ArgumentError(f"output_dir {settings.root} holds the input {url}: give another folder")
 
 
-def earlier_output(settings: OutputSettings, *, replace: bool) -> frozenset[str]:
+def earlier_output(settings: OutputSettings, inputs: Collection[str], *, replace: bool) -> frozenset[str]:
     """Return the shards in the output folder that a run is to replace.
 
     Parameters
     ----------
+    inputs : collection of str
+        The folders that the input lies in.
     replace : bool
         Whether what another pipeline of nemo_image wrote there may be replaced. Nothing else ever is.
 
@@ -84,7 +86,10 @@ def earlier_output(settings: OutputSettings, *, replace: bool) -> frozenset[str]
         If the folder holds anything else.
     """
     said = _read_manifest(settings)
-    if said is not None and said.get("token") == settings.token:
+    same = said is not None and said.get("token") == settings.token
+    # What a run has no input for is removed at its end: that must not be all that another run has written.
+    others = sorted({*(said or {}).get("inputs", ())} - {*inputs}) if same else []
+    if same and not others:
         return frozenset()
     names = _list(dataclasses.replace(settings, nested=settings.nested or bool((said or {}).get("nested"))))
     owners = _owners(settings, names)
@@ -96,24 +101,27 @@ def earlier_output(settings: OutputSettings, *, replace: bool) -> frozenset[str]
             f"{settings.root} holds another dataset ({foreign[0]}, …): give an empty folder (replace=True replaces "
             "only what a pipeline of nemo_image has written)"
         )
-    if {*owners.values()} <= {settings.token} and not orphans:
+    if {*owners.values()} <= {settings.token} and not orphans and not (others and own):
         return frozenset()  # empty, or only the manifest was lost
     if not replace:
+        what = (
+            f"this pipeline for other input ({others[0]}" if others else "another pipeline (other stages or arguments"
+        )
         raise DatasetError(
-            f"{settings.root} holds the output of another pipeline (of other stages, arguments or weights; {names[0]}, "
-            "…): give an empty folder, or replace=True to put this one in its place"
+            f"{settings.root} holds the output of {what}; {names[0]}, …): give an empty folder, or replace=True to put "
+            "this one in its place"
         )
     return frozenset(own)
 
 
-def claim(settings: OutputSettings, replaced: Collection[str]) -> None:
-    """Make the output folder that of this pipeline, without the shards of another one in `replaced`."""
+def claim(settings: OutputSettings, inputs: Collection[str], replaced: Collection[str]) -> None:
+    """Make the output folder that of this pipeline and its input, without the earlier shards in `replaced`."""
     if replaced:
         # A run that is killed here leaves an output of no pipeline, which none takes for its own.
-        _write_manifest(settings, "")
+        _write_manifest(settings, "", ())
         _remove(settings, replaced)
         remove_remainders(settings)
-    _write_manifest(settings, settings.token)
+    _write_manifest(settings, settings.token, inputs)
     sweep(settings)
 
 
@@ -138,16 +146,16 @@ def remove_leftovers(settings: OutputSettings, shards: Collection[str], groups: 
 
 def remove_remainders(settings: OutputSettings, keep: Collection[str] = ()) -> None:
     """Remove what groups have left over, but for the groups in `keep`."""
-    fs, folder = files.open_fs(settings.url(REMAINDERS), settings.storage_options)
-    if not files.exists(settings.url(REMAINDERS), settings.storage_options):
+    folder = settings.url(REMAINDERS)
+    if not files.exists(folder, settings.storage_options):
         return
     if not keep:
-        fs.rm(folder, recursive=True)
+        _delete(settings, REMAINDERS, recursive=True)
         return
     for suffix in (".tar", ".parquet"):
-        for name in files.list_files(settings.url(REMAINDERS), suffix, settings.storage_options):
+        for name in files.list_files(folder, suffix, settings.storage_options):
             if _stem(name) not in keep:
-                fs.rm_file(f"{folder.rstrip('/')}/{name}")
+                _delete(settings, f"{REMAINDERS}/{name}")
 
 
 def sweep(settings: OutputSettings) -> None:
@@ -166,7 +174,7 @@ def move(settings: OutputSettings, name: str, new_name: str) -> None:
     if isinstance(fs, AsyncFileSystem):
         # Object stores: copied there, without the data passing through this machine.
         retries.call(target, lambda: fs.cp_file(old, new))
-        retries.call(source, lambda: fs.rm_file(old))
+        _delete(settings, name)
         return
     fs.makedirs(new.rpartition("/")[0], exist_ok=True)
     if isinstance(fs, LocalFileSystem):
@@ -175,11 +183,19 @@ def move(settings: OutputSettings, name: str, new_name: str) -> None:
         fs.mv(old, new)
 
 
+def _delete(settings: OutputSettings, name: str, *, recursive: bool = False) -> None:
+    """Remove something in the output folder that may be gone already."""
+    fs, path = files.open_fs(settings.url(name), settings.storage_options)
+    with suppress(FileNotFoundError):
+        retries.call(settings.url(name), lambda: fs.rm(path, recursive=True) if recursive else fs.rm_file(path))
+
+
 def _list(settings: OutputSettings) -> list[str]:
     """Return the names of the shards' files in the output folder, none where there is no folder."""
     if settings.nested:
         fs, root = files.open_fs(settings.root, settings.storage_options)
-        below = (str(path).removeprefix(root.rstrip("/") + "/") for path in fs.find(root))
+        paths = retries.call(settings.root, lambda: fs.find(root))
+        below = (str(path).removeprefix(root.rstrip("/") + "/") for path in paths)
         return sorted(name for name in below if name.endswith(_SUFFIXES) and not _is_hidden(name))
     try:
         lists = [files.list_files(settings.root, suffix, settings.storage_options) for suffix in _SUFFIXES]
@@ -248,9 +264,7 @@ class _RemoveShards:
 
     def _remove(self, shard: str) -> None:
         for suffix in _SUFFIXES:
-            fs, path = files.open_fs(self.settings.url(shard + suffix), self.settings.storage_options)
-            with suppress(FileNotFoundError):
-                fs.rm_file(path)
+            _delete(self.settings, shard + suffix)
 
 
 def _read_manifest(settings: OutputSettings) -> dict[str, Any] | None:
@@ -262,6 +276,7 @@ def _read_manifest(settings: OutputSettings) -> dict[str, Any] | None:
         return {}
 
 
-def _write_manifest(settings: OutputSettings, token: str) -> None:
+def _write_manifest(settings: OutputSettings, token: str, inputs: Collection[str]) -> None:
+    values = {"token": token, "nested": settings.nested, "inputs": sorted(inputs)}
     with files.atomic_writer(settings.url(MANIFEST), settings.storage_options) as out:
-        out.write(json.dumps({"token": token, "nested": settings.nested}, sort_keys=True).encode() + b"\n")
+        out.write(json.dumps(values, sort_keys=True).encode() + b"\n")

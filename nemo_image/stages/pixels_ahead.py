@@ -124,8 +124,8 @@ class PixelsAhead:
                 return stack.enter_context(Guarded(read, lambda: Isolated(read, merge_pictures)))
 
             # Sizes must be known before pixels are held; and models' preprocessors have a limit of their own.
-            needs_sizes = self._holds_pixels or wanted.max_pixels < MAX_PIXELS
-            self._headers = guarded("headers") if needs_sizes else None
+            is_limited = wanted.pictures == "nothing" and wanted.max_pixels < MAX_PIXELS
+            self._headers = guarded("headers") if self._holds_pixels or is_limited else None
             self._pictures = None if wanted.pictures == "nothing" else guarded(wanted.pictures)
             self._inputs = {
                 one.key: stack.enter_context(GuardedPreprocessor(one.preprocessor(num_threads)))

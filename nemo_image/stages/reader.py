@@ -86,6 +86,7 @@ class ImageReaderStage(ProcessingStage[FileGroup, ImageBatch]):
     _model_inputs: tuple[ModelInput, ...] = field(default=(), init=False, repr=False)
 
     thread_safe = True
+    works_ahead = True
 
     def __post_init__(self) -> None:
         if self.dali_batch_size is not None:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import bisect
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import xxhash
 from dask.base import tokenize
 
 from nemo_image import schema
@@ -21,92 +17,9 @@ from nemo_image.datasets.parquet_folder import list_parquets
 from nemo_image.engine.model_cache import ModelSpec, get_model
 from nemo_image.errors import DatasetError, IdMismatchError, MissingColumnError
 from nemo_image.shards import files, parquet
-from nemo_image.shards.keys import plain_ids
+from nemo_image.stages.id_set import Ids
 
 NAMED_AT_MOST = 3
-_DECIMAL = re.compile(r"(-?)0*([0-9]{1,20})")  # as many digits as ids have
-
-
-def number_of(key: str) -> str | None:
-    """Return the decimal number that a key is, without leading zeros; None if it is none."""
-    match = _DECIMAL.fullmatch(key)
-    if match is None:
-        return None
-    return match[2] if match[2] == "0" else match[1] + match[2]
-
-
-class TextSet:
-    """Texts, held compactly: 8 bytes each for a hash, and Arrow's strings in the hashes' order.
-
-    Parameters
-    ----------
-    texts : iterable of pyarrow array of string
-        Without nulls.
-    """
-
-    def __init__(self, texts: Iterable[pa.Array | pa.ChunkedArray]) -> None:
-        chunks = [chunk for one in texts for chunk in pa.chunked_array(one).cast(pa.large_string()).chunks]
-        found = [np.fromiter(map(_digest, chunk.to_pylist()), np.uint64, len(chunk)) for chunk in chunks]
-        hashes = np.concatenate(found) if found else np.zeros(0, np.uint64)
-        order = np.argsort(hashes, kind="stable")
-        self._hashes: npt.NDArray[np.uint64] = hashes[order]
-        self._texts = pa.chunked_array(chunks, pa.large_string()).combine_chunks().take(pa.array(order))
-
-    def __len__(self) -> int:
-        return len(self._hashes)
-
-    @property
-    def nbytes(self) -> int:
-        """The memory that the texts take, in bytes."""
-        return int(self._hashes.nbytes + self._texts.nbytes)
-
-    def has(self, texts: Sequence[str | None]) -> list[bool]:
-        """Tell which of some texts are in the set; None is not."""
-        if not len(self):
-            return [False] * len(texts)
-        wanted = np.fromiter((0 if one is None else _digest(one) for one in texts), np.uint64, len(texts))
-        places = np.searchsorted(self._hashes, wanted)
-        near = self._hashes[np.minimum(places, len(self) - 1)] == wanted
-        return [
-            bool(is_near) and self._is_at(int(place), text)
-            for place, is_near, text in zip(places, near, texts, strict=True)
-        ]
-
-    def _is_at(self, place: int, text: str | None) -> bool:
-        """Tell whether a text is among those with the hash at a place."""
-        wanted = self._hashes[place]
-        while place < len(self) and self._hashes[place] == wanted:
-            if self._texts[place].as_py() == text:
-                return True
-            place += 1
-        return False
-
-
-@dataclass(frozen=True)
-class Ids:
-    """Ids to remove: strings, which name the keys that equal them, and integers, which name zero-padded ones too."""
-
-    texts: TextSet
-    numbers: TextSet
-
-    @classmethod
-    def of(cls, columns: Iterable[pa.ChunkedArray]) -> Ids:
-        """Return the ids of some columns: strings, integers, or floats that nulls made of integers."""
-        texts: list[pa.ChunkedArray] = []
-        numbers: list[pa.ChunkedArray | pa.Array] = []
-        for column in columns:
-            kind = schema.plain_type(column.type)
-            if pa.types.is_string(kind):
-                texts.append(column.cast(kind))
-            elif pa.types.is_integer(kind):
-                numbers.append(column.cast(kind).cast(pa.string()))
-            else:
-                found = plain_ids(column.to_numpy())
-                numbers.append(pa.array([str(one) for one in found if one is not None], pa.string()))
-        return cls(TextSet(texts), TextSet(numbers))
-
-    def __len__(self) -> int:
-        return len(self.texts) + len(self.numbers)
 
 
 @dataclass(frozen=True)
@@ -340,7 +253,3 @@ def _bounds(statistics: Any) -> tuple[str | None, str | None]:
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(schema.plain_type(column.type)).cast(pa.string())
-
-
-def _digest(text: str) -> int:
-    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))

@@ -195,7 +195,7 @@ def _text(name: str) -> str:
 
 def _json_fields(reader: ShardReader, sample: Sample, data: bytes | None) -> dict[str, Any]:
     """Return the fields of a sample's JSON; none where there is no JSON, or it cannot be parsed (logged)."""
-    fields = None if data is None else reader._parse(sample, data)
+    fields = None if data is None else reader.parse_json(sample, data)
     if fields is None:
         return {}
     text = json.dumps(fields, ensure_ascii=False) if data is not None and b"\\u" in data else ""

@@ -214,8 +214,8 @@ class ImageNSFWFilterStage(ScoreFilterStage):
         """
         if not 0 <= self.score_threshold <= 1:
             raise ArgumentError(
-                f"score_threshold={self.score_threshold:g}: NSFW scores lie from 0 to 1, and images below the threshold "
-                "stay"
+                f"score_threshold={self.score_threshold:g}: NSFW scores lie from 0 to 1, and images below the "
+                "threshold stay"
             )
         if self.filter and self.score_threshold == 0:
             logger.warning("%s: score_threshold=0 keeps no image: scores are 0 or more", self.name)

@@ -67,7 +67,8 @@ class ImageWriterStage(ProcessingStage[ImageBatch, FileGroup]):
         With False, no tars: one Parquet file for each source shard, under its name, of the results alone. Such a folder
         serves as one of the ``sidecars`` of ``from_webdataset`` for the source.
     replace : bool, default False
-        Remove what another pipeline has written to `output_dir`. Nothing else is ever removed.
+        Remove what another pipeline, or this one for input of another folder, has written to `output_dir`. Nothing else
+        is ever removed.
     storage_options : dict, optional
         For fsspec.
 
@@ -87,6 +88,7 @@ class ImageWriterStage(ProcessingStage[ImageBatch, FileGroup]):
     storage_options: dict[str, Any] | None = None
     name: str = "image_writer"
     _token: str = field(default="", init=False, repr=False)
+    _inputs: frozenset[str] = field(default=frozenset(), init=False, repr=False)
     _replaced: frozenset[str] = field(default=frozenset(), init=False, repr=False)
     _columns: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, init=False, repr=False)
 
@@ -139,7 +141,8 @@ class ImageWriterStage(ProcessingStage[ImageBatch, FileGroup]):
         prepared._token = context.token
         settings = prepared._settings()
         require_inputs_elsewhere(settings, context.groups)
-        prepared._replaced = earlier_output(settings, replace=self.replace)
+        prepared._inputs = frozenset(group.root for group in context.groups)
+        prepared._replaced = earlier_output(settings, prepared._inputs, replace=self.replace)
         return prepared
 
     def connect(self, earlier: Sequence[ProcessingStage[Any, Any]], later: Sequence[ProcessingStage[Any, Any]]) -> None:
@@ -160,7 +163,7 @@ class ImageWriterStage(ProcessingStage[ImageBatch, FileGroup]):
         self._columns = {name: made for name, made in made_by.items() if name not in (schema.WIDTH, schema.HEIGHT)}
 
         # Not before: nothing is removed for a pipeline that is refused.
-        claim(self._settings(), self._replaced)
+        claim(self._settings(), self._inputs, self._replaced)
         self._replaced = frozenset()
 
     def finish(self, context: RunContext, finished: Sequence[GroupRecord]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,24 +182,15 @@ def replace_stage(target: str) -> str:
 
 
 @pytest.mark.parametrize("place", ["current folder", "beside the file"])
-def test_own_stages_reach_workers_that_do_not_have_their_module(pairs: Path, place: str) -> None:
-    """A real command with workers of its own: nothing of this process's import path helps them."""
+def test_own_stages_reach_workers_that_do_not_have_their_module(pairs: Path, place: str, cluster: Any) -> None:
     folder = pairs.parent if place == "current folder" else pairs.parent / "flows"
     folder.mkdir(exist_ok=True)
     (folder / "flow.yaml").write_text(FLOW)
     (folder / "my_filters.py").write_text(FILTER)
-    root = Path(__file__).resolve().parents[2]
     flow = os.path.relpath(folder / "flow.yaml")
-    command = ["nemo_image", "run", flow, "input_path=pairs", "output_path=out", "--workers", "1"]
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", *command, replace_stage("my_filters.OddSeeds"), "--allow", "my_filters"],
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"stages of my_filters come from {folder / 'my_filters.py'}" in done.stderr
+    with cluster.as_current():
+        result = run(flow, *places(pairs), replace_stage("my_filters.OddSeeds"), "--allow", "my_filters")
+    assert result.exit_code == 0, result.output
     assert keys_of(Path("out")) == ODD
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import datetime
 import json
 import logging
@@ -53,8 +54,10 @@ def test_published_arguments() -> None:
     assert ImageReaderStage().batch_size == 100
     assert ImageReaderStage(dali_batch_size=32).batch_size == 32
     assert ImageReaderStage(dali_batch_size=32, batch_size=32).batch_size == 32
-    assert ImageReaderStage(dali_batch_size=32).with_(batch_size=5).batch_size == 5
+    assert dataclasses.replace(ImageReaderStage(dali_batch_size=32), batch_size=5).batch_size == 5
     assert stage.task_types()[0] is FileGroup
+    assert ImageReaderStage.thread_safe
+    assert ImageReaderStage.works_ahead
     assert pickle.loads(pickle.dumps(stage)) == stage
 
 
@@ -496,6 +499,16 @@ def test_a_remote_tar(tmp_path: Path) -> None:
             assert back.image_bytes == batches[0].data[0].files["jpg"]
     finally:
         fs.rm("/reader-test", recursive=True)
+
+
+def test_index_files_are_read_only_if_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_dataset(tmp_path, {"00000": 3})
+    (tmp_path / "00000.idx").write_text("nonsense")
+    group = group_of(tmp_path, "00000.tar")
+    assert len(images_of(read(quiet(), group)[0])) == 3
+    assert "00000.idx" not in caplog.text
+    assert len(images_of(read(quiet(use_index_files=True), group)[0])) == 3
+    assert "00000.idx: begins with b'nonsense'" in caplog.text
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

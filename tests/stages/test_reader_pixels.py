@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nemo_image.embedders.preprocess import PreprocessSpec, TorchvisionPreprocessor
+from nemo_image.embedders.preprocess import PreprocessSpec, TorchvisionPreprocessor, torchvision_path
 from nemo_image.engine.decoding.isolated import Isolated
 from nemo_image.engine.isolation import isolate
 from nemo_image.engine.threads import local_share
@@ -103,7 +103,8 @@ def test_pixels_for_a_stage_that_wants_them(mixed: FileGroup) -> None:
     assert [image.image_data.shape for image in images if image.image_data is not None][1] == (64, 48, 3)  # upright
 
 
-def test_inputs_for_models(mixed: FileGroup) -> None:
+def test_inputs_for_models(mixed: FileGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(pixels_ahead, "decode_rgb")  # who makes them decodes: once is enough
     models = [HasModel(Input("a")), HasModel(None), HasModel(Input("b", OTHER_SPEC)), HasModel(Input("a"))]
     stage = connected(ImageReaderStage(verbose=False), WantsCaptions(), *models)
     assert [one.key for one in stage._model_inputs] == ["a", "b"]
@@ -298,11 +299,12 @@ def test_no_decoder_of_an_isolated_task_runs_here(mixed: FileGroup, monkeypatch:
 
     monkeypatch.setattr(pixels_ahead, "decode_rgb", here)
     monkeypatch.setattr(pixels_ahead, "read_header", here)
-    with isolate():
-        for mode in ("pixels", "none"):
+    monkeypatch.setattr(torchvision_path, "decode_rgb", here)
+    for mode in MODES:
+        with isolate():
             assert [image.image_id for image in images_of(read(reader(mode), mixed)[0])] == GOOD
-    with pytest.raises(AssertionError, match="decoded in this process"):
-        read(reader("pixels"), mixed)
+        with pytest.raises(AssertionError, match="decoded in this process"):
+            read(reader(mode), mixed)
 
 
 def test_a_picture_that_crashes_its_decoder_costs_itself() -> None:

@@ -17,10 +17,11 @@ from nemo_image.engine.model_cache import clear_models
 from nemo_image.errors import ArgumentError, DatasetError, IdMismatchError, MissingColumnError
 from nemo_image.shards import parquet
 from nemo_image.shards.read import ShardReader
-from nemo_image.stages import removal_list
+from nemo_image.stages import id_set, removal_list
 from nemo_image.stages.base import RunContext, collecting_metrics
+from nemo_image.stages.id_set import Ids, TextSet, number_of
 from nemo_image.stages.removal import ImageDuplicatesRemovalStage
-from nemo_image.stages.removal_list import Ids, RemovalList, TextSet, number_of
+from nemo_image.stages.removal_list import RemovalList
 from nemo_image.stages.tasks import FileGroup, ImageBatch, ImageObject, SampleSource
 from tests.makers import sample, write_tar
 
@@ -340,7 +341,7 @@ def test_pixels_are_freed_on_request_and_a_line_is_logged(tmp_path: Path, caplog
 
 
 def test_texts_with_equal_hashes_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(removal_list, "_digest", len)
+    monkeypatch.setattr(id_set, "_digest", len)
     found = TextSet([pa.array(["ab", "c"]), pa.chunked_array([["de"], ["", "fgh"]])])
     wanted: Mapping[str | None, bool] = {
         "ab": True,

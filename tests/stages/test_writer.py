@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tarfile
 import tracemalloc
+import weakref
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -288,6 +290,34 @@ def test_a_large_member_is_never_in_memory(tmp_path: Path) -> None:
         file = tar.extractfile("k.mp4")
         assert file is not None
         assert file.read() == large
+
+
+def test_no_image_is_held_beyond_its_batch(tmp_path: Path) -> None:
+    plain_tar(tmp_path / "in" / "a.tar", keys(0, 9))
+    made: list[weakref.ref[ImageObject]] = []
+    alive: list[int] = []
+
+    def batches() -> Iterator[ImageBatch]:
+        for start in range(0, 9, 3):
+            alive.append(sum(one() is not None for one in made))
+            images = tar_images(tmp_path / "in" / "a.tar")[start : start + 3]
+            made.extend(map(weakref.ref, images))
+            batch = ImageBatch(images)
+            del images
+            yield batch
+            del batch
+
+    stage = ImageWriterStage(str(tmp_path / "out"), images_per_tar=5)
+    # The batch itself is held by its maker until it is asked for the next one; the writer may hold the last image.
+    made_files = list(stage.stream(_handed_over(batches()), FileGroup(name="g")))
+    assert made_files[0].metadata["rows"] == 9
+    assert len(alive) == 3
+    assert max(alive) <= 1
+
+
+def _handed_over(batches: Iterator[ImageBatch]) -> Iterator[ImageBatch]:
+    while (holder := [next(batches, None)])[0] is not None:
+        yield holder.pop()  # type: ignore[misc]
 
 
 # Odd groups -----------------------------------------------------------------------------------------------------------

@@ -93,8 +93,11 @@ class Run:
         checkpoint: str | None = None,
         earlier: Sequence[ProcessingStage[Any, Any]] = (),
         inputs: Sequence[str] = (),
+        root: str = "",
     ) -> None:
-        named = {name: FileGroup(name=name, index=index, data=list(inputs)) for index, name in enumerate(groups)}
+        named = {
+            name: FileGroup(name=name, index=index, data=list(inputs), root=root) for index, name in enumerate(groups)
+        }
         context = RunContext("test", list(named.values()), checkpoint_path=checkpoint, token=token)
         self.stage = stage.prepare(context)
         self.stage.connect(earlier, [])

@@ -70,14 +70,14 @@ class DeduplicationWorkflow:
         verbose: bool,
     ) -> None:
         paths = [input_path] if isinstance(input_path, str | os.PathLike) else list(input_path)
-        self.input_paths = [os.fspath(path).rstrip("/") or "/" for path in paths]
+        self.input_paths = [os.fspath(path) for path in paths]
         self.output_path = os.fspath(output_path).rstrip("/")
         self.id_field = id_field
         self.metadata_fields = list(metadata_fields or ())
         self.storage_options = dict(storage_options)
         self.clear_output = clear_output
         self.verbose = verbose
-        if not self.output_path or not self.input_paths:
+        if not self.output_path or not self.input_paths or not all(self.input_paths):
             raise ArgumentError("input_path and output_path must not be empty")
 
     @property

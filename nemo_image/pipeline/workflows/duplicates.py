@@ -118,7 +118,7 @@ def write_duplicates(listing: Listing, folder: str, replace: bool) -> int:
 
 
 def _parts(listing: Listing) -> Iterator[list[str]]:
-    """Cut the shards that have results into parts; at least one, which may be empty."""
+    """Cut the shards into parts, but for those without rows, which have no results; at least one part."""
     counting = _CountRows(listing.found, listing.options)
     rows: dict[str, int] = {}
     for part in in_chunks(counting, listing.shards, listing.found, listing.options):

@@ -14,7 +14,6 @@ import pyarrow.compute as pc
 from nemo_image import schema
 from nemo_image.datasets.parquet_folder import split_names
 from nemo_image.dedup.exchange.runs import MAX_BUCKETS, RunWriter, read_batch
-from nemo_image.dedup.exchange.scatter import ROWS
 from nemo_image.dedup.exchange.work import remove, run_all
 from nemo_image.errors import DatasetError
 from nemo_image.pipeline.workflows.listing import Listing, plain
@@ -29,6 +28,8 @@ def require_clear_names(listing: Listing, parts: Sequence[list[str]], folder: st
 
     Parameters
     ----------
+    parts : sequence of list of str
+        The shards, by task.
     folder : str
         For the names of all rows, by bucket, while they are compared.
 
@@ -37,13 +38,9 @@ def require_clear_names(listing: Listing, parts: Sequence[list[str]], folder: st
     DatasetError
         With an example.
     """
-    # Files without any result have names too.
-    judged = {shard for part in parts for shard in part}
-    groups = [*parts, [shard for shard in listing.shards if shard not in judged]]
     buckets = max(1, min(listing.rows // BUCKET_ROWS, MAX_BUCKETS))
     scattering = ScatterNames(listing, folder, buckets)
-    some = [(number, group) for number, group in enumerate(groups) if group]
-    urls = [url for found in run_all("look at ids", scattering, some, len(some)) for url in found]
+    urls = [url for found in run_all("look at ids", scattering, enumerate(parts), len(parts)) for url in found]
     examples = run_all("compare ids", CompareNames(urls, listing.options), range(buckets), buckets)
     remove(folder, listing.options)
     example = next((one for one in examples if one is not None), None)
@@ -82,11 +79,8 @@ class ScatterNames:
         runs = RunWriter(files.join(self.folder, f"{number:06d}"), self.buckets, listing.options)
         for shard in shards:
             names = listing.names(shard).cast(pa.string())
-            is_judged = files.exists(files.join(listing.found, ROWS, shard + ".parquet"), listing.options)
-            removed = pa.array(np.zeros(len(names), bool))
-            if is_judged:
-                found = listing.removed(shard)[listing.source.id_col].cast(pa.string()).combine_chunks()
-                removed = pc.is_in(names, value_set=found)
+            found = listing.removed(shard)[listing.source.id_col].cast(pa.string()).combine_chunks()
+            removed = pc.is_in(names, value_set=found)
             place = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(names), np.int32)), pa.array([shard]))
             table = pa.table({"name": names, "removed": removed, schema.SHARD: place})
             hashes = pd.util.hash_array(names.to_numpy(zero_copy_only=False)) if self.buckets > 1 else 0
