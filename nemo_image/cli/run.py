@@ -56,7 +56,7 @@ def run(
     KEY=VALUE replaces a value of the file, +KEY=VALUE adds one; stages are counted from 0. Configurations of NeMo
     Curator's image stages run too: their names and arguments are read as ours, and the log says so.
 
-    Without --workers or a scheduler, a local cluster is started.
+    Without --workers or a scheduler, a pipeline starts a local cluster, a workflow works in threads.
     """
     plan = _plan(config_path, overrides, allowed)
     built = plan.build()

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
@@ -230,3 +232,61 @@ def test_only_the_allowed_module_is_found_in_the_folder(pairs: Path) -> None:
     assert result.exit_code == 1
     assert "my_filters.py cannot be imported: ModuleNotFoundError: No module named 'my_words'" in result.stderr
     assert "my_filters" not in sys.modules
+
+
+# Workflows -----------------------------------------------------------------------------------------------------------
+
+WORKFLOW = """
+input_path: ???
+workflow:
+  - _target_: nemo_curator.stages.deduplication.semantic.SemanticDeduplicationWorkflow
+    input_path: ${input_path}
+    output_path: found
+    n_clusters: 2
+    eps: 0.001
+    ranking_strategy:
+      _target_: nemo_curator.stages.deduplication.semantic.RankingStrategy
+      metadata_cols: [id]
+      ascending: true
+    pairwise_compute_dtype: float16
+"""
+
+
+@pytest.fixture
+def embeddings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Eight rows, of which the last two are the first two again."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "find.yaml").write_text(WORKFLOW)
+    vectors = np.random.default_rng(0).standard_normal((6, 16)).astype(np.float32)
+    rows = {"id": [f"{number}" for number in range(8)], "embeddings": [*vectors, *vectors[:2]]}
+    (tmp_path / "embedded").mkdir()
+    pq.write_table(pa.table(rows), tmp_path / "embedded" / "00000.parquet")
+    return tmp_path / "embedded"
+
+
+def test_runs_a_workflow(embeddings: Path) -> None:
+    described = run("find.yaml", f"input_path={embeddings}", "--describe")
+    assert described.exit_code == 0, described.output
+    assert described.stdout.startswith("Workflow: SemanticDeduplicationWorkflow\n  input_path: ")
+    assert not Path("found").exists()
+
+    result = run("find.yaml", f"input_path={embeddings}", "--json")
+
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert (said["rows"], said["num_duplicates"]) == (8, 2)
+    assert sorted(pq.read_table(said["duplicates_path"])["id"].to_pylist()) == ["6", "7"]
+    assert any("pairwise_compute_dtype is left out" in note for note in said["notes"])
+
+
+def test_a_workflow_without_a_threshold_tells_the_curve(embeddings: Path) -> None:
+    arguments = ("find.yaml", f"input_path={embeddings}", "workflow.0.eps=null")
+    curve = json.loads(run(*arguments, "--json").stdout)["curve"]
+    assert {(one["kept"], one["total"]) for one in curve if one["eps"] <= 0.01} == {(6, 8)}
+    assert "no threshold given" in run(*arguments).stdout
+
+
+def test_errors_of_a_workflow_are_one_line(embeddings: Path) -> None:
+    result = run("find.yaml", f"input_path={embeddings}", "workflow.0.n_clusters=9")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("Error: n_clusters=9 is more than the 8 rows")
