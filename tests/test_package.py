@@ -42,6 +42,7 @@ DISTRIBUTIONS = {
 """Of modules that are not named like the distribution that brings them; some come with another one."""
 NOT_DECLARED = {"huggingface_hub", "IPython"}
 """Imported only where they happen to be installed."""
+NEED_TORCH = ("nemo_image.dedup", "nemo_image.embedders", "nemo_image.pipeline", "nemo_image.stages")
 HEAVY = ("torch", "torchvision", "timm", "safetensors", "nvidia", "sklearn", "open_clip", "imagehash")
 
 
@@ -174,7 +175,7 @@ def test_a_package_imports_without_the_extras_or_says_what_to_install(
 ) -> None:
     error = errors_without_extras.get(name)
     assert error is None or (error.startswith("MissingDependencyError") and "pip install" in error)
-    assert error is None or name in ("nemo_image.dedup", "nemo_image.embedders")
+    assert error is None or name in NEED_TORCH
 
 
 # The layers -----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import posixpath
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -217,15 +216,15 @@ def _write_manifest(state: DatasetState, target: str | None) -> None:
     source = state.source
     folders = sorted({posixpath.dirname(shard) for shard in state.shards})
     if target is not None and target != source.metadata_root:
-        values: dict[str, Any] = {"tar_root": _absolute(source.tar_root), "folders": folders, "id_col": source.id_col}
+        values: dict[str, Any] = {
+            "tar_root": files.absolute(source.tar_root),
+            "folders": folders,
+            "id_col": source.id_col,
+        }
         opening.write_manifest(target, values, source.storage_options)
     elif source.built_from_tars:
         # Without this, a run that was stopped would leave a folder of which only some tars have a Parquet file.
         opening.write_manifest(source.metadata_root, {"from_tars": True}, source.storage_options)
-
-
-def _absolute(root: str) -> str:
-    return root if "://" in root else os.path.abspath(root)
 
 
 def run_shards(

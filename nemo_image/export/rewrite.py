@@ -7,11 +7,12 @@ import math
 from typing import Any
 
 from nemo_image.schema import KEY
+from nemo_image.shards.keys import own_extension
 
 
-def renamed(name: str, extension: str, new_key: str) -> str:
+def renamed(name: str, new_key: str) -> str:
     """Return a member's name under a new key; the extension keeps its case."""
-    return f"{new_key}.{name[len(name) - len(extension) :]}"
+    return f"{new_key}.{own_extension(name)}"
 
 
 def rewritten_json(data: bytes, fields: dict[str, Any], old_key: str, new_key: str) -> bytes | None:

@@ -181,7 +181,7 @@ def _copy(
     if settings.old_id_col is not None:
         fields[settings.old_id_col] = old_id
     for member in sample.members:
-        name = member.name if settings.keep_ids else renamed(member.name, member.extension, key)
+        name = member.name if settings.keep_ids else renamed(member.name, key)
         if member.extension == "json" and not settings.keep_ids:
             data = reader.read(member)
             changed = rewritten_json(data, fields, sample.key, key)

@@ -222,10 +222,11 @@ class _Run:
                 context = replace(context, token=_token(prepared, stage))
             one = stage.prepare(context)
             prepared.append(one)
-        for number, stage in enumerate(prepared):
-            stage.connect(prepared[:number], prepared[number + 1 :])
+        # Before the stages are connected: a writer may then remove what it is to replace.
         if self.checkpoint is not None:
             self.checkpoint.begin(context.token, {stage.name: stage.settled() for stage in prepared})
+        for number, stage in enumerate(prepared):
+            stage.connect(prepared[:number], prepared[number + 1 :])
         return _Planned(prepared, items, context)
 
     def _has_gpu(self, stages: Sequence[Stage]) -> bool:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+
+import cloudpickle
 
 from nemo_image.engine.attempts import MAX_DEATHS, Attempts
 from nemo_image.engine.gpu_share import gpu_share
@@ -66,13 +69,31 @@ class GroupTask:
         retries: int = 0,
         gpus: float = 0.0,
     ) -> None:
-        self.stages = list(stages)
+        self._stages: list[ProcessingStage[Any, Any]] | None = list(stages)
+        self._sent: bytes | None = None
         self.run = run
         self.notes_root = notes_root
         self.storage_options = storage_options
         self.checkpoint = checkpoint
         self.retries = retries
         self.gpus = gpus
+
+    @property
+    def stages(self) -> list[ProcessingStage[Any, Any]]:
+        """The stages."""
+        if self._stages is None:
+            assert self._sent is not None
+            self._stages = pickle.loads(self._sent)
+        return self._stages
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle the stages once, by cloudpickle, which sends classes along that workers do not have.
+
+        They are unpickled within the task: outside it, a module that a worker lacks would end the worker's connection.
+        """
+        if self._sent is None:
+            self._sent = cloudpickle.dumps(self._stages)
+        return {**vars(self), "_stages": None}
 
     def __call__(self, item: GroupItem) -> GroupRecord:
         """Work on one group."""

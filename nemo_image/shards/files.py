@@ -114,6 +114,12 @@ def join(root: Url, *parts: str) -> str:
     return url
 
 
+def absolute(url: Url) -> str:
+    """Return a path that means the same in every process: absolute, with ``~`` replaced; a URL stays as it is."""
+    text = os.fspath(url)
+    return text if "://" in text else os.path.abspath(os.path.expanduser(text))
+
+
 def list_files(root: Url, suffix: str, storage_options: StorageOptions = None) -> list[str]:
     """Return the sorted names of the files directly in a folder that end in a suffix.
 

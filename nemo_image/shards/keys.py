@@ -43,6 +43,11 @@ def split_member_name(name: str) -> tuple[str, str] | None:
     return name[:dot], name[dot + 1 :].lower()
 
 
+def own_extension(name: str) -> str:
+    """Return what is behind the first dot of a member's base name, in the case that it has."""
+    return name[name.index(".", name.rfind("/") + 1) + 1 :]
+
+
 def match_ids(ids: Iterable[Any], keys: Sequence[str], *, base_names: bool = True) -> npt.NDArray[np.int64]:
     """Find the key that each id names.
 

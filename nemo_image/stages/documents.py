@@ -181,9 +181,9 @@ class ParquetWriter(ProcessingStage[DocumentBatch, FileGroup]):
     thread_safe = True
 
     def __post_init__(self) -> None:
-        self.path = os.fspath(self.path).rstrip("/")
-        if not self.path:
+        if not os.fspath(self.path):
             raise ArgumentError("path is empty: give the folder to write to")
+        self.path = files.absolute(self.path).rstrip("/")
 
     def inputs(self) -> Fields:
         """Return what the stage needs."""

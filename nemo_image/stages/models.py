@@ -10,6 +10,7 @@ from typing import Any
 from nemo_image.embedders import timm_models
 from nemo_image.engine.weights import WeightsSource
 from nemo_image.errors import ArgumentError, WeightsError
+from nemo_image.shards import files
 
 MODEL_NAMES = {
     "openai/clip-vit-large-patch14": "vit_large_patch14_clip_quickgelu_224.openai",
@@ -106,4 +107,4 @@ def check_model_dir(model_dir: Any) -> str | None:
         return None
     if not isinstance(model_dir, str | os.PathLike) or not os.fspath(model_dir):
         raise ArgumentError(f"model_dir must be a folder's path, not {model_dir!r}")
-    return os.path.expanduser(os.fspath(model_dir))
+    return files.absolute(model_dir)

@@ -58,12 +58,13 @@ class FilePartitioningStage(ProcessingStage[EmptyTask, FileGroup]):
     name: str = "file_partitioning"
 
     def __post_init__(self) -> None:
-        if isinstance(self.file_paths, os.PathLike):
-            self.file_paths = os.fspath(self.file_paths)
-        if isinstance(self.file_paths, list | tuple):
-            self.file_paths = [os.fspath(one) for one in self.file_paths]
-        if not self.file_paths or not isinstance(self.file_paths, str | list):
-            raise ArgumentError(f"file_paths must be a path or a list of paths, not {self.file_paths!r}")
+        given: Any = self.file_paths
+        several = given if isinstance(given, list | tuple) else [given]
+        if not several or not all(isinstance(one, str | os.PathLike) and os.fspath(one) for one in several):
+            raise ArgumentError(f"file_paths must be a path or a list of paths, not {given!r}")
+        # Absolute, because workers may have another working folder.
+        paths = [files.absolute(one) for one in several]
+        self.file_paths = paths if isinstance(given, list | tuple) else paths[0]
         for name in ("files_per_partition", "limit"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_image.errors import ArgumentError, DatasetError, IdMismatchError
+from nemo_image.shards import files
 from nemo_image.shards.keys import match_ids
 from nemo_image.shards.read import ShardReader
 from nemo_image.stages.base import Fields, ProcessingStage, RunContext
@@ -67,9 +68,9 @@ class ImageDuplicatesRemovalStage(ProcessingStage[ImageBatch, ImageBatch]):
     thread_safe = True
 
     def __post_init__(self) -> None:
-        self.removal_parquets_dir = os.fspath(self.removal_parquets_dir).rstrip("/")
-        if not self.removal_parquets_dir:
+        if not os.fspath(self.removal_parquets_dir):
             raise ArgumentError("removal_parquets_dir is empty: give the folder of the ids to remove")
+        self.removal_parquets_dir = files.absolute(self.removal_parquets_dir).rstrip("/")
         if not isinstance(self.duplicate_id_field, str) or not self.duplicate_id_field:
             raise ArgumentError(f"duplicate_id_field must be the name of a column, not {self.duplicate_id_field!r}")
         if self.num_workers_per_node is not None:

@@ -14,7 +14,7 @@ from nemo_image.errors import ArgumentError
 from nemo_image.export.rewrite import rewritten_json
 from nemo_image.schema import KEY
 from nemo_image.shards.index import Member
-from nemo_image.shards.keys import IMAGE_EXTENSIONS, split_member_name
+from nemo_image.shards.keys import IMAGE_EXTENSIONS, own_extension, split_member_name
 from nemo_image.shards.read import ShardReader
 from nemo_image.shards.write import TarWriter
 from nemo_image.stages.tasks import ImageObject, SampleSource
@@ -130,11 +130,6 @@ def copied(reader: ShardReader, members: Sequence[Member]) -> Iterator[Content]:
         datas = (reader.read_chunks(member) for member in run) if is_large else ([one] for one in reader.read_many(run))
         for member, chunks in zip(run, datas, strict=True):
             yield Content(own_extension(member.name), member.size, chunks)
-
-
-def own_extension(name: str) -> str:
-    """Return what is behind the first dot of a member's base name, in the case that it has."""
-    return name[name.index(".", name.rfind("/") + 1) + 1 :]
 
 
 def _file(image: ImageObject, extension: str) -> Content:

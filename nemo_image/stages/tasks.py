@@ -239,6 +239,7 @@ class ImageObject:
     @image_bytes.setter
     def image_bytes(self, data: bytes) -> None:
         self.files[self.image_extension] = data
+        self.width = self.height = self.image_error = None
         self._own_file = True
         self._pixels = None
         self._replaced = False

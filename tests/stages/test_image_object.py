@@ -72,8 +72,10 @@ def test_other_arrays_are_refused(stored: ImageObject, pixels: np.ndarray) -> No
 
 def test_assigned_bytes_replace_the_picture(stored: ImageObject) -> None:
     assert stored.image_data is not None
+    assert stored.stored_size() == (64, 48)
     stored.image_bytes = encoded(picture(4, 10, 20), "PNG")
     assert stored.image_data.shape == (20, 10, 3)
+    assert stored.stored_size() == (10, 20)
     assert stored.files["jpg"].startswith(b"\x89PNG")
 
 

@@ -61,10 +61,10 @@ def describe(work: Work) -> dict[str, Any]:
     """Return where a dataset lies, for a later result to find it again."""
     source = work.source
     return {
-        "tar_root": _absolute(source.tar_root),
-        "metadata_root": _absolute(source.metadata_root),
+        "tar_root": files.absolute(source.tar_root),
+        "metadata_root": files.absolute(source.metadata_root),
         "id_col": source.id_col,
-        "sidecars": [_absolute(folder) for folder in source.sidecars],
+        "sidecars": [files.absolute(folder) for folder in source.sidecars],
         "shards": work.tasks([]).shards,
     }
 
@@ -116,7 +116,7 @@ def _read(folder: str, options: Any) -> DedupResult:
 def _generation(result: DedupResult, work: Work, embedding_column: str, id_column: str) -> Generation:
     where = result.settings["dataset"]
     tar_root = where["tar_root"]
-    same_root = tar_root == _absolute(work.source.tar_root)
+    same_root = tar_root == files.absolute(work.source.tar_root)
     doubled = sorted(set(where["shards"]) & set(work.tasks([]).shards)) if same_root else []
     if doubled:
         raise ArgumentError(
@@ -151,7 +151,3 @@ def _generation(result: DedupResult, work: Work, embedding_column: str, id_colum
             f"against: ids are {old} in {result.folder} ({earlier_id!r}), and {new} here ({id_column!r})"
         )
     return Generation(result.folder, state, earlier_id, judged, "" if same_root else tar_root.rstrip("/") + "/")
-
-
-def _absolute(root: str) -> str:
-    return root if "://" in root else os.path.abspath(root)

@@ -218,9 +218,9 @@ max_samples_per_batch, _duplicates_num_row_groups_hint
     def _require_apart(self, cache: str) -> None:
         """Raise if later runs would take this one's files for input."""
         for path in self.input_paths:
-            inside = _absolute(path).rstrip("/") + "/"
+            inside = files.absolute(path).rstrip("/") + "/"
             for name, other in (("output_path", self.output_path), ("cache_path", cache)):
-                if (_absolute(other) + "/").startswith(inside):
+                if (files.absolute(other) + "/").startswith(inside):
                     raise ArgumentError(f"{name}={other!r} lies in input_path={path!r}: give a folder elsewhere")
 
     def _run_of(self, folder: ParquetFolder, work: str) -> SemanticRun:
@@ -293,7 +293,3 @@ def _refuse_others(given: Mapping[str, Any]) -> None:
     suffixes = given["input_file_extensions"]
     if suffixes is not None and [one.lstrip(".") for one in suffixes] != ["parquet"]:
         raise ArgumentError(f"input_file_extensions={suffixes!r}: files that end in .parquet are read; leave it out")
-
-
-def _absolute(path: str) -> str:
-    return path if "://" in path else os.path.abspath(path)
