@@ -66,6 +66,8 @@ def main(verbose: bool) -> None:
         format="%(asctime)s %(levelname)s %(message)s",
         stream=sys.stderr,
     )
+    # Dask sets its loggers' level when it is imported, here and in the workers that it starts.
+    os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "warning")
     # Libraries say much at this level that is not about the user's data.
     for name in ("distributed", "timm", "fsspec", "httpx", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.WARNING)

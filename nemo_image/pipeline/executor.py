@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 import uuid
@@ -18,7 +16,6 @@ from nemo_image.engine.attempts import Attempts
 from nemo_image.engine.client import get_client
 from nemo_image.engine.run import current_client, run_tasks, without_client
 from nemo_image.engine.run_lock import run_lock
-from nemo_image.engine.tokens import behaviour_token
 from nemo_image.errors import ArgumentError, PipelineError, RunError, TooManyFailuresError, one_line
 from nemo_image.pipeline.accounts import shard_record
 from nemo_image.pipeline.checkpoint import Checkpoint
@@ -26,6 +23,7 @@ from nemo_image.pipeline.fit import Stage, check_fit, decomposed, is_source, wit
 from nemo_image.pipeline.group_task import GroupItem, GroupTask
 from nemo_image.pipeline.progress import PipelineProgress
 from nemo_image.pipeline.results import PipelineResults, summed
+from nemo_image.pipeline.token import pipeline_token
 from nemo_image.pipeline.worker import tear_down
 from nemo_image.stages.base import RunContext
 from nemo_image.stages.record import GroupRecord
@@ -34,24 +32,6 @@ from nemo_image.stages.tasks import EmptyTask, FileGroup, Task
 logger = logging.getLogger("nemo_image")
 
 FAILURES_NAMED = 10
-
-HARMLESS = frozenset(
-    {
-        "model_dir",  # its weights count by what they are
-        "name",
-        "num_gpus_per_worker",
-        "num_threads",
-        "output_dir",
-        "path",
-        "remove_image_data",
-        "removal_parquets_dir",
-        "replace",
-        "resources",
-        "storage_options",
-        "verbose",
-    }
-)
-"""Attributes of our own stages that change how a run goes, not what comes out."""
 
 
 class DaskExecutor:
@@ -219,7 +199,7 @@ class _Run:
         prepared: list[Stage] = []
         for number, stage in enumerate(stages):
             if number == len(stages) - 1:
-                context = replace(context, token=_token(prepared, stage))
+                context = replace(context, token=pipeline_token(prepared, stage))
             one = stage.prepare(context)
             prepared.append(one)
         # Before the stages are connected: a writer may then remove what it is to replace.
@@ -342,27 +322,3 @@ def _causes(failures: Mapping[str, str]) -> str:
     named = [f"{name}: {cause}" for name, cause in sorted(failures.items())[:FAILURES_NAMED]]
     more = len(failures) - len(named)
     return "; ".join(named) + (f"; and {more} more" if more > 0 else "")
-
-
-def _token(prepared: Sequence[Stage], last: Stage) -> str:
-    """Name a pipeline by its stages and what they are made of; where it writes to is no part of it."""
-    parts: list[Any] = [
-        (_stage_token(stage), _without_dtype(stage.column_fingerprints()), stage.made_of()) for stage in prepared
-    ]
-    parts.append(_stage_token(last))
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _stage_token(stage: Stage) -> str:
-    if type(stage).__module__.partition(".")[0] != __name__.partition(".")[0]:
-        return behaviour_token(stage)
-    told = {name: value for name, value in vars(stage).items() if name not in HARMLESS and not name.startswith("_")}
-    return f"{type(stage).__qualname__}({sorted((name, repr(value)) for name, value in told.items())})"
-
-
-def _without_dtype(made: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Leave out the number type, which a probe of speed chooses; a checkpoint remembers it apart."""
-    return {
-        column: {name: value for name, value in one.items() if name not in ("dtype", "parents")}
-        for column, one in made.items()
-    }

@@ -12,11 +12,12 @@ try:
         ImageFilterStage,
         ImageSizeFilterStage,
     )
+    from nemo_image.stages.image_object import ImageObject
     from nemo_image.stages.partition import FilePartitioningStage
     from nemo_image.stages.reader import ImageReaderStage
     from nemo_image.stages.removal import ImageDuplicatesRemovalStage
     from nemo_image.stages.score_filters import ImageAestheticFilterStage, ImageNSFWFilterStage
-    from nemo_image.stages.tasks import DocumentBatch, EmptyTask, FileGroup, ImageBatch, ImageObject, Task
+    from nemo_image.stages.tasks import DocumentBatch, EmptyTask, FileGroup, ImageBatch, Task
     from nemo_image.stages.writer import ImageWriterStage
 except ModuleNotFoundError as error:
     if error.name != "torch":

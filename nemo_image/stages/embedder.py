@@ -22,8 +22,9 @@ from nemo_image.engine import threads
 from nemo_image.engine.in_order import map_in_order
 from nemo_image.errors import ArgumentError
 from nemo_image.stages.base import Fields, ProcessingStage, Resources, RunContext
+from nemo_image.stages.image_object import ImageObject
 from nemo_image.stages.models import check_model_dir, provide_weights, timm_name
-from nemo_image.stages.tasks import FileGroup, ImageBatch, ImageObject
+from nemo_image.stages.tasks import FileGroup, ImageBatch
 
 _Vectors = list[npt.NDArray[Any] | None]
 

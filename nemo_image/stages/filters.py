@@ -12,7 +12,8 @@ from nemo_image import schema
 from nemo_image.errors import ArgumentError, ImageError
 from nemo_image.filters import KeepExpression
 from nemo_image.stages.base import Fields, ProcessingStage
-from nemo_image.stages.tasks import ImageBatch, ImageObject
+from nemo_image.stages.image_object import ImageObject
+from nemo_image.stages.tasks import ImageBatch
 
 ATTRIBUTES = {
     schema.KEY: pa.string(),

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from nemo_image.errors import ArgumentError
 from nemo_image.shards import files, parquet
+from nemo_image.stages.image_object import ImageObject
 from nemo_image.stages.output_folder import move
 from nemo_image.stages.output_keys import OutputKeys
 from nemo_image.stages.rows import Rows
@@ -24,7 +25,7 @@ from nemo_image.stages.shard_output import (
     tar_output,
     write_rows,
 )
-from nemo_image.stages.tasks import ImageBatch, ImageObject
+from nemo_image.stages.tasks import ImageBatch
 
 Images = Iterator[tuple[ImageObject, pa.Schema]]
 """Images, with the types of their metadata."""

@@ -16,8 +16,8 @@ from nemo_image.errors import ImageError
 from nemo_image.shards.decode import MAX_PIXELS, ImageHeader, decode_rgb, read_header
 
 if TYPE_CHECKING:
+    from nemo_image.stages.image_object import ImageObject, Pixels
     from nemo_image.stages.model_input import ModelInput
-    from nemo_image.stages.tasks import ImageObject, Pixels
 
 PIXEL_BYTES = 2**29
 """Bytes of decoded pixels that are held at once. One picture may be larger."""

@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from nemo_image import schema
 from nemo_image.stages.arrow_columns import arrow_column, concatenated, encodable
-from nemo_image.stages.tasks import ImageObject
+from nemo_image.stages.image_object import ImageObject
 
 ORIGINAL_SHARD = "original_shard"
 ORIGINAL_KEY = "original_key"

@@ -17,7 +17,7 @@ from nemo_image.shards.index import Member
 from nemo_image.shards.keys import IMAGE_EXTENSIONS, own_extension, split_member_name
 from nemo_image.shards.read import ShardReader
 from nemo_image.shards.write import TarWriter
-from nemo_image.stages.tasks import ImageObject, SampleSource
+from nemo_image.stages.image_object import ImageObject, SampleSource
 
 AT_ONCE = 4 * 2**20
 """Bytes: larger members are copied piece by piece."""

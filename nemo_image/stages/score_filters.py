@@ -17,8 +17,9 @@ from nemo_image.classifiers.clip_l14 import ClipL14Classifier
 from nemo_image.engine import threads
 from nemo_image.errors import ArgumentError
 from nemo_image.stages.base import Fields, ProcessingStage, Resources, RunContext
+from nemo_image.stages.image_object import ImageObject
 from nemo_image.stages.models import check_model_dir, provide_head
-from nemo_image.stages.tasks import ImageBatch, ImageObject
+from nemo_image.stages.tasks import ImageBatch
 
 logger = logging.getLogger("nemo_image")
 

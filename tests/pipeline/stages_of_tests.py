@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_image.stages.base import ProcessingStage, RunContext
+from nemo_image.stages.image_object import ImageObject
 from nemo_image.stages.record import GroupRecord
-from nemo_image.stages.tasks import EmptyTask, FileGroup, ImageBatch, ImageObject, Task
+from nemo_image.stages.tasks import EmptyTask, FileGroup, ImageBatch, Task
 
 
 class Groups(ProcessingStage[EmptyTask, FileGroup]):

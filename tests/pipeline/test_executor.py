@@ -14,7 +14,8 @@ from nemo_image.engine.ledger import ShardRecord, read_ledgers
 from nemo_image.errors import ArgumentError, DatasetError, PipelineError, RunError, ShardError, TooManyFailuresError
 from nemo_image.pipeline import DaskExecutor, Pipeline
 from nemo_image.stages.base import CompositeStage, ProcessingStage, Resources
-from nemo_image.stages.tasks import FileGroup, ImageBatch, ImageObject
+from nemo_image.stages.image_object import ImageObject
+from nemo_image.stages.tasks import FileGroup, ImageBatch
 from tests.pipeline.stages_of_tests import Count, Die, DropOdd, Fail, Groups, Images, Names, ids_of, made
 
 THREADS = DaskExecutor(processes=False)

@@ -11,9 +11,10 @@ from nemo_image.pipeline import Pipeline
 from nemo_image.stages.base import CompositeStage, ProcessingStage
 from nemo_image.stages.embedder import ImageEmbeddingStage
 from nemo_image.stages.filters import CaptionFilterStage, ExpressionFilterStage, ImageFilterStage
+from nemo_image.stages.image_object import ImageObject
 from nemo_image.stages.partition import FilePartitioningStage
 from nemo_image.stages.score_filters import ImageAestheticFilterStage, ImageNSFWFilterStage
-from nemo_image.stages.tasks import DocumentBatch, FileGroup, ImageBatch, ImageObject
+from nemo_image.stages.tasks import DocumentBatch, FileGroup, ImageBatch
 from tests.pipeline.stages_of_tests import DropOdd, Groups, Images
 
 

@@ -31,8 +31,9 @@ from nemo_image.pipeline.workflows import (
 from nemo_image.shards import parquet
 from nemo_image.stages.base import RunContext
 from nemo_image.stages.documents import ConvertImageBatchToDocumentBatchStage, ParquetWriter
+from nemo_image.stages.image_object import ImageObject
 from nemo_image.stages.removal import ImageDuplicatesRemovalStage
-from nemo_image.stages.tasks import FileGroup, ImageBatch, ImageObject
+from nemo_image.stages.tasks import FileGroup, ImageBatch
 from tests.dedup.makers import clustered_vectors, computed, write_embeddings
 from tests.dedup.oracle import expected
 from tests.makers import encoded, make_dataset, picture, write_rows, write_tar

@@ -11,8 +11,9 @@ import pytest
 from nemo_image.pipeline.workflows import SemanticDeduplicationWorkflow
 from nemo_image.stages.base import RunContext
 from nemo_image.stages.documents import ConvertImageBatchToDocumentBatchStage, ParquetWriter
+from nemo_image.stages.image_object import ImageObject
 from nemo_image.stages.removal import ImageDuplicatesRemovalStage
-from nemo_image.stages.tasks import FileGroup, ImageBatch, ImageObject
+from nemo_image.stages.tasks import FileGroup, ImageBatch
 from tests.dedup.makers import clustered_vectors
 
 ROWS = 40

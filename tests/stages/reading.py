@@ -9,8 +9,9 @@ from typing import Any
 
 from nemo_image.embedders.preprocess import Preprocessor, PreprocessSpec, TorchvisionPreprocessor
 from nemo_image.stages.base import Fields, ProcessingStage, RunContext, collecting_metrics
+from nemo_image.stages.image_object import ImageObject
 from nemo_image.stages.reader import ImageReaderStage
-from nemo_image.stages.tasks import FileGroup, ImageBatch, ImageObject
+from nemo_image.stages.tasks import FileGroup, ImageBatch
 
 HALF = (0.5, 0.5, 0.5)
 SPEC = PreprocessSpec("shortest", (36, 36), (32, 32), HALF, HALF)

@@ -18,8 +18,9 @@ from nemo_image.errors import ArgumentError, DatasetError, EmbeddingError, Missi
 from nemo_image.shards import parquet
 from nemo_image.stages.base import ProcessingStage, RunContext
 from nemo_image.stages.documents import ConvertImageBatchToDocumentBatchStage, ParquetWriter
+from nemo_image.stages.image_object import ImageObject
 from nemo_image.stages.record import GroupRecord
-from nemo_image.stages.tasks import DocumentBatch, FileGroup, ImageBatch, ImageObject
+from nemo_image.stages.tasks import DocumentBatch, FileGroup, ImageBatch
 from tests.makers import encoded, picture
 
 MADE_BY = {"model": "vit_tiny_clip", "weights": "abc"}

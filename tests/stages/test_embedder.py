@@ -17,8 +17,9 @@ from nemo_image.engine import threads
 from nemo_image.errors import ArgumentError, UnknownModelError, WeightsError
 from nemo_image.stages.base import RunContext
 from nemo_image.stages.embedder import ImageEmbeddingStage
+from nemo_image.stages.image_object import ImageObject
 from nemo_image.stages.models import find_weights
-from nemo_image.stages.tasks import FileGroup, ImageBatch, ImageObject
+from nemo_image.stages.tasks import FileGroup, ImageBatch
 from tests.makers import TINY_MODEL, encoded, picture, sample, write_tar
 
 COUNT = 23

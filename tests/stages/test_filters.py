@@ -9,7 +9,8 @@ import pytest
 
 from nemo_image.errors import ArgumentError, MissingColumnError
 from nemo_image.stages.filters import CaptionFilterStage, ExpressionFilterStage, ImageFilterStage, ImageSizeFilterStage
-from nemo_image.stages.tasks import ImageBatch, ImageObject
+from nemo_image.stages.image_object import ImageObject
+from nemo_image.stages.tasks import ImageBatch
 from tests.makers import encoded, picture
 
 

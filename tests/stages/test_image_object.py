@@ -11,7 +11,8 @@ from PIL import Image
 
 from nemo_image.errors import ArgumentError, ImageError
 from nemo_image.shards.index import index_tar
-from nemo_image.stages.tasks import ImageBatch, ImageObject, SampleSource
+from nemo_image.stages.image_object import ImageObject, SampleSource
+from nemo_image.stages.tasks import ImageBatch
 from tests.makers import encoded, picture, sample, write_tar
 
 

@@ -20,9 +20,10 @@ from nemo_image.shards.read import ShardReader
 from nemo_image.stages import id_set, removal_list
 from nemo_image.stages.base import RunContext, collecting_metrics
 from nemo_image.stages.id_set import Ids, TextSet, number_of
+from nemo_image.stages.image_object import ImageObject, SampleSource
 from nemo_image.stages.removal import ImageDuplicatesRemovalStage
 from nemo_image.stages.removal_list import RemovalList
-from nemo_image.stages.tasks import FileGroup, ImageBatch, ImageObject, SampleSource
+from nemo_image.stages.tasks import FileGroup, ImageBatch
 from tests.makers import sample, write_tar
 
 Named = tuple[str, str]

@@ -14,8 +14,9 @@ from nemo_image.classifiers import AestheticClassifier, NsfwClassifier
 from nemo_image.errors import ArgumentError, EmbeddingError, WeightsError
 from nemo_image.stages.base import RunContext, collecting_metrics
 from nemo_image.stages.embedder import ImageEmbeddingStage
+from nemo_image.stages.image_object import ImageObject
 from nemo_image.stages.score_filters import ImageAestheticFilterStage, ImageNSFWFilterStage, ScoreFilterStage
-from nemo_image.stages.tasks import ImageBatch, ImageObject
+from nemo_image.stages.tasks import ImageBatch
 from tests.makers import TINY_MODEL
 
 HEADS = {

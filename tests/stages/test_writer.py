@@ -28,7 +28,8 @@ from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.errors import ArgumentError, PipelineError
 from nemo_image.shards.idx_file import read_idx
 from nemo_image.shards.parquet import read_summary
-from nemo_image.stages.tasks import FileGroup, ImageBatch, ImageObject
+from nemo_image.stages.image_object import ImageObject
+from nemo_image.stages.tasks import FileGroup, ImageBatch
 from nemo_image.stages.writer import ImageWriterStage
 from tests.makers import encoded, picture, tar_members, write_tar
 from tests.stages.writing import Makes, Run, contents, in_batches, plain_tar, rows, tar_images, tars

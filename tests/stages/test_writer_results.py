@@ -14,7 +14,8 @@ from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.errors import ArgumentError, DatasetError
 from nemo_image.shards.files import identify
 from nemo_image.shards.parquet import read_summary
-from nemo_image.stages.tasks import ImageBatch, ImageObject
+from nemo_image.stages.image_object import ImageObject
+from nemo_image.stages.tasks import ImageBatch
 from nemo_image.stages.writer import ImageWriterStage
 from tests.makers import make_dataset
 from tests.stages.writing import Makes, Run, contents, in_batches, plain_tar, rows, tar_images

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from nemo_image.shards.parquet import read_summary
 from nemo_image.stages.arrow_columns import arrow_column, concatenated
-from nemo_image.stages.tasks import ImageBatch, ImageObject
+from nemo_image.stages.image_object import ImageObject
+from nemo_image.stages.tasks import ImageBatch
 from nemo_image.stages.writer import ImageWriterStage
 from tests.stages.writing import Makes, Run, rows, tars
 

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 
 from nemo_image.shards.read import ShardReader
 from nemo_image.stages.base import ProcessingStage, RunContext, collecting_metrics
+from nemo_image.stages.image_object import ImageObject, SampleSource
 from nemo_image.stages.record import GroupRecord
-from nemo_image.stages.tasks import FileGroup, ImageBatch, ImageObject, SampleSource
+from nemo_image.stages.tasks import FileGroup, ImageBatch
 from nemo_image.stages.writer import ImageWriterStage
 from tests.makers import encoded, picture, write_tar
 
