@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nemo_image.engine.ledger import ShardRecord
+from nemo_image.engine.ledger import Named, ShardRecord
 from nemo_image.stages.base import ProcessingStage
 from nemo_image.stages.record import GroupRecord, StageStats
 from nemo_image.stages.tasks import FileGroup
 
 ROWS = "rows"
 """What a writer's output says of how many rows it wrote."""
+
+
+WITHOUT_SAMPLE = "rows_without_sample"
+NAMED = (WITHOUT_SAMPLE, "samples_without_row", "repeated_members")
+"""What a reader logs, and the ledger has a place of its own for."""
 
 
 def shard_record(record: GroupRecord, stages: Sequence[ProcessingStage[Any, Any]]) -> ShardRecord:
@@ -26,9 +31,8 @@ def shard_record(record: GroupRecord, stages: Sequence[ProcessingStage[Any, Any]
         return result
     first = next((number for number, stage in enumerate(stages) if _reads_files(stage)), None)
     flow = record.stages if first is None else record.stages[first + 1 :]
-    lost = {} if first is None else _left_out(record.stages[first])
+    lost = {} if first is None else _left_out(record.stages[first], stages[first])
     entered = (record.stages[0].items_in if first is None else record.stages[first].items_out) + sum(lost.values())
-    result.samples = entered
     result.rows_in = entered
     result.losses = lost
     for one in flow if _writes_files(stages[-1]) is False else flow[:-1]:
@@ -36,6 +40,10 @@ def shard_record(record: GroupRecord, stages: Sequence[ProcessingStage[Any, Any]
         result.rows_joined += max(0, one.items_out - one.items_in)
     said = [output.metadata[ROWS] for output in record.outputs if ROWS in output.metadata]
     result.rows_out = sum(said) if said else (flow[-1].items_out if flow else entered - sum(lost.values()))
+    if first is not None:
+        for name in NAMED:
+            setattr(result, name, Named(int(record.stages[first].metrics.get(name, 0))))
+    result.samples = entered - lost.get(WITHOUT_SAMPLE, 0)
     result.failures = {
         name.removeprefix("error: "): int(value)
         for one in record.stages
@@ -55,6 +63,9 @@ def _writes_files(stage: ProcessingStage[Any, Any]) -> bool:
     return gives is FileGroup and takes is not FileGroup
 
 
-def _left_out(reader: StageStats) -> dict[str, int]:
-    """Return the images that the reader says it left out, by reason."""
-    return {name: int(reader.metrics[name]) for name in ("skipped",) if reader.metrics.get(name)}
+def _left_out(stats: StageStats, reader: ProcessingStage[Any, Any]) -> dict[str, int]:
+    """Return what the reader says it left out, by reason."""
+    names = ["skipped", WITHOUT_SAMPLE]
+    if getattr(reader, "on_error", None) != "keep":
+        names.append("samples_without_image")
+    return {name: int(stats.metrics[name]) for name in names if stats.metrics.get(name)}

@@ -14,6 +14,7 @@ from nemo_image.errors import DatasetError, MetadataFileError, one_line
 from nemo_image.shards import files, parquet
 
 SAVE, EXPORT, EXPORT_OUTPUT = "save_metadata", "to_webdataset", "to_webdataset-output"
+PIPELINE = "pipeline"
 PROBLEMS_NAMED = 100
 
 REBUILT = "rebuilt from the footers of files that no ledger lists"
@@ -106,8 +107,10 @@ def _inspect(root: str, storage_options: files.StorageOptions) -> dict[str, Any]
         for problem in run["problems"]:
             problems.add(f"{run['ledger']}: {problem}")
     _compare_export(runs, problems)
-    on_disk, rebuilt, odd_files = _on_disk(root, account, storage_options)
+    by_pipeline = any(run["kind"] == PIPELINE for run in runs)
+    on_disk, rebuilt, odd_files = _on_disk(root, account, storage_options, by_pipeline)
     problems.extend(odd_files)
+    _compare_pipeline(runs, on_disk, problems)
     if rebuilt is not None:
         runs.append({"ledger": None, "kind": REBUILT, "time": None, **rebuilt, "notes": [], "problems": []})
     return {"path": root, "runs": runs, "on_disk": on_disk, "problems": problems.to_list()}
@@ -170,6 +173,15 @@ def _compare_export(runs: Sequence[dict[str, Any]], problems: _Problems) -> None
         )
 
 
+def _compare_pipeline(runs: Sequence[dict[str, Any]], on_disk: dict[str, Any], problems: _Problems) -> None:
+    """Compare what the newest run of a pipeline says it wrote with the rows that lie there."""
+    last = next((run for run in reversed(runs) if run["kind"] == PIPELINE), None)
+    if last is None or last["failed_shards"]:
+        return
+    if last["rows_out"] != on_disk["rows_by_pipelines"]:
+        problems.add(f"{last['ledger']} says {last['rows_out']} rows, there are {on_disk['rows_by_pipelines']}")
+
+
 # What lies there now --------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +193,7 @@ class _File:
     rows: int = 0
     record: ShardRecord | None = None
     error: str | None = None
+    by_pipeline: bool = False  # then ledgers list the group that its rows come from
 
 
 @dataclass(frozen=True)
@@ -200,6 +213,8 @@ class _ReadRecords:
         except MetadataFileError as error:
             return _File(shard, error=one_line(error))
         values = None if summary.footer is None else summary.footer.record
+        if values and "writer" in values:
+            return _File(shard, summary.rows, by_pipeline=True)
         try:
             return _File(shard, summary.rows, ShardRecord.from_dict(values) if values else None)
         except (TypeError, ValueError, AttributeError) as error:
@@ -208,21 +223,24 @@ class _ReadRecords:
 
 
 def _on_disk(
-    root: str, account: dict[str, int], storage_options: files.StorageOptions
+    root: str, account: dict[str, int], storage_options: files.StorageOptions, in_any_folder: bool
 ) -> tuple[dict[str, Any], dict[str, Any] | None, _Problems]:
     """Compare the files with the account; return what there is, the sums of what the account lacks, and problems."""
     problems = _Problems()
-    present = _present(root, account, storage_options)
+    present = _below(root, storage_options) if in_any_folder else _present(root, account, storage_options)
     for shard in sorted(account.keys() - present):
         # A shard of which the user's frame has nothing gets no file.
         if account[shard]:
             problems.add(f"{files.join(root, shard + '.parquet')} is missing: its ledger says {account[shard]} rows")
     shards = sorted(present)
     sums, listed, unlisted, rows = Sums(), 0, [], 0
+    piped = piped_rows = 0
     for part in in_chunks(_ReadRecords(root, storage_options), shards, root, storage_options):
         for file in part:
             rows += file.rows
             listed += file.shard in account
+            piped += file.by_pipeline
+            piped_rows += file.rows if file.by_pipeline else 0
             _check_file(root, file, account.get(file.shard), problems)
             if file.shard not in account and file.record is not None:
                 sums.add(file.record)
@@ -234,7 +252,9 @@ def _on_disk(
         "in_ledgers": listed,
         "in_footers_only": names.count,
         "in_footers_only_first": list(names.first),
-        "not_ours": len(shards) - listed - names.count,
+        "by_pipelines": piped,
+        "rows_by_pipelines": piped_rows,
+        "not_ours": len(shards) - listed - names.count - piped,
     }
     return found, sums.to_dict() if unlisted else None, problems
 
@@ -250,6 +270,15 @@ def _present(root: str, account: dict[str, int], storage_options: files.StorageO
             continue
         found |= {posixpath.join(folder, name.removesuffix(".parquet")) for name in names}
     return found
+
+
+def _below(root: str, storage_options: files.StorageOptions) -> set[str]:
+    """Return the shards in a folder and all below it, but for our records: a pipeline's ledger does not name them."""
+    fs, inside = files.open_fs(root, storage_options)
+    start = inside.rstrip("/") + "/"
+    names = [name.removeprefix(start) for name in fs.find(inside) if name.endswith(".parquet")]
+    hidden = [any(part.startswith(".") or part == FOLDER for part in name.split("/")) for name in names]
+    return {name.removesuffix(".parquet") for name, is_hidden in zip(names, hidden, strict=True) if not is_hidden}
 
 
 def _check_file(root: str, file: _File, expected: int | None, problems: _Problems) -> None:

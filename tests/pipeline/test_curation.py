@@ -270,3 +270,20 @@ def test_scores_alone_serve_as_a_sidecar(source: Path, tmp_path: Path) -> None:
     made = dataset.metadata[["seed", "image_embedding"]].compute(scheduler="synchronous")
     assert len(made) == 31
     assert made["image_embedding"].notna().all()
+
+
+def test_the_ledger_agrees_with_the_files_and_says_when_not(source: Path, tmp_path: Path) -> None:
+    from nemo_image.reports.ledger import inspect_ledgers
+
+    def problems(folder: Path) -> list[str]:
+        return [one for report in inspect_ledgers(str(folder))["folders"] for one in report["problems"]]
+
+    for name, options in (("out", {}), ("scores", {"write_images": False})):
+        curation(source, tmp_path / name, EvenSeeds(), **options).run(THREADS)
+        report = inspect_ledgers(str(tmp_path / name))["folders"][0]
+        (run,) = report["runs"]
+        assert (run["rows_in"], run["rows_filtered"], run["rows_out"]) == (31, 15, 16)
+        assert report["on_disk"]["rows_by_pipelines"] == 16
+        assert not problems(tmp_path / name)
+    next((tmp_path / "out").glob("remainder-*.parquet")).unlink()
+    assert any("says 16 rows" in problem for problem in problems(tmp_path / "out"))
