@@ -3,7 +3,7 @@
 .. code-block:: text
 
     <output>/<group>-00000.tar, .idx, .parquet     full tars of a file group
-    <output>/remainder-00000.tar, …                what groups had left over
+    <output>/packed-00000.tar, …                what groups had left over
     <output>/_nemo_image/pipeline.json             whose output it is
     <output>/_nemo_image/remainders/<group>.*      what a group has left over, until it is packed
 
@@ -34,7 +34,7 @@ from nemo_image.stages.shard_output import REMAINDERS, WRITER, OutputSettings
 from nemo_image.stages.tasks import FileGroup
 
 MANIFEST = f"{FOLDER}/pipeline.json"
-PACKED = "remainder"
+PACKED = "packed"
 """What the names of the last step's tars begin with."""
 
 _SUFFIXES = (".tar", ".idx", ".parquet")

@@ -48,7 +48,7 @@ class ImageWriterStage(ProcessingStage[ImageBatch, FileGroup]):
 
     A file group writes its full tars, ``<group>-00000.tar`` and on. What is left over waits in
     ``_nemo_image/remainders`` until all groups are done, and is then packed in the groups' order into
-    ``remainder-00000.tar`` and on, so that only the last tar of the run is short.
+    ``packed-00000.tar`` and on, so that only the last tar of the run is short.
 
     Keys stay as they are. A key that its tar has already gets the name of its shard in front, a key that would lead out
     of the folder that a tar is unpacked in is made harmless; then the ``key`` in the sample's JSON is changed too.

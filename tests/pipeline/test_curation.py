@@ -285,5 +285,5 @@ def test_the_ledger_agrees_with_the_files_and_says_when_not(source: Path, tmp_pa
         assert (run["rows_in"], run["rows_filtered"], run["rows_out"]) == (31, 15, 16)
         assert report["on_disk"]["rows_by_pipelines"] == 16
         assert not problems(tmp_path / name)
-    next((tmp_path / "out").glob("remainder-*.parquet")).unlink()
+    next((tmp_path / "out").glob("packed-*.parquet")).unlink()
     assert any("says 16 rows" in problem for problem in problems(tmp_path / "out"))

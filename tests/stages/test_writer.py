@@ -57,7 +57,7 @@ def test_tars_are_full_across_batches_and_groups(three: dict[str, list[ImageObje
     out = tmp_path / "out"
     run = Run(ImageWriterStage(str(out), images_per_tar=3), batches_of(three))
     # 7 = 2 * 3 + 1, 5 = 3 + 2, 9 = 3 * 3: what is left over, 1 + 2, fills one more.
-    full = ["a-00000", "a-00001", "b-00000", "c-00000", "c-00001", "c-00002", "remainder-00000"]
+    full = ["a-00000", "a-00001", "b-00000", "c-00000", "c-00001", "c-00002", "packed-00000"]
     assert tars(out) == full
     assert run.said == {"shards": 7, "rows": 21, "output_dir": str(out), "rewritten keys": 0}
     seen = []
@@ -79,8 +79,8 @@ def test_only_the_last_tar_of_the_run_is_short(three: dict[str, list[ImageObject
     run = Run(ImageWriterStage(str(out), images_per_tar=4), batches_of(three))
     sizes = {name: len(rows(out / f"{name}.parquet")) for name in tars(out)}
     assert sizes == {
-        **dict.fromkeys(["a-00000", "b-00000", "c-00000", "c-00001", "remainder-00000"], 4),
-        "remainder-00001": 1,
+        **dict.fromkeys(["a-00000", "b-00000", "c-00000", "c-00001", "packed-00000"], 4),
+        "packed-00001": 1,
     }
     output = run.records["a"].outputs[0]
     assert output.data == [f"{out}/a-00000.tar", f"{out}/a-00000.parquet"]
@@ -119,7 +119,7 @@ def test_case_of_extensions_odd_members_and_their_order_stay(tmp_path: Path) -> 
     write_tar(source, [("k", with_parts), ("dir/k2", {"jpg": picture_bytes})])
     out = tmp_path / "out"
     Run(ImageWriterStage(str(out)), {"g": in_batches(tar_images(source, held=("jpg", "npy")), 5)})
-    written = tar_members(out / "remainder-00000.tar")
+    written = tar_members(out / "packed-00000.tar")
     assert list(written) == ["k.seg.PNG", "k.JPG", "k.Json", "k.npy", "k.jpeg", "dir/k2.jpg"]
     assert written == tar_members(source)
 
@@ -200,10 +200,10 @@ def test_a_changed_caption_is_written_and_others_stay(tmp_path: Path) -> None:
     images[0].caption, images[1].caption, images[3].caption = "new é", "added", None
     out = tmp_path / "out"
     Run(ImageWriterStage(str(out)), {"g": in_batches(images, 5)})
-    members = tar_members(out / "remainder-00000.tar")
+    members = tar_members(out / "packed-00000.tar")
     assert list(members) == ["a.txt", "a.jpg", "b.jpg", "b.txt", "c.jpg", "c.txt", "gone.jpg"]
     assert [members[name] for name in ("a.txt", "b.txt", "c.txt")] == ["new é".encode(), b"added", b"\xff"]
-    assert [row["caption"] for row in rows(out / "remainder-00000.parquet")] == ["new é", "added", "\ufffd", None]
+    assert [row["caption"] for row in rows(out / "packed-00000.parquet")] == ["new é", "added", "\ufffd", None]
 
 
 def test_assigned_bytes_added_files_and_fields_are_written(tmp_path: Path) -> None:
@@ -216,12 +216,12 @@ def test_assigned_bytes_added_files_and_fields_are_written(tmp_path: Path) -> No
     original = tar_members(tmp_path / "in" / "a.tar")
     out = tmp_path / "out"
     Run(ImageWriterStage(str(out)), {"g": in_batches(images, 5)})
-    members = tar_members(out / "remainder-00000.tar")
+    members = tar_members(out / "packed-00000.tar")
     assert list(members)[:4] == ["000000.jpg", "000000.txt", "000000.json", "000000.seg.png"]
     assert members["000000.jpg"] == better
     assert members["000000.seg.png"] == b"mask"
     assert members["000001.jpg"] == original["000001.jpg"]
-    found = rows(out / "remainder-00000.parquet")
+    found = rows(out / "packed-00000.parquet")
     assert [row["language"] for row in found] == ["en", None]
     assert (found[0]["width"], found[0]["height"]) == (10, 6)
 
@@ -233,11 +233,11 @@ def test_an_image_without_a_file_is_stored_without_loss(tmp_path: Path) -> None:
     stored.image_error = "unknown: no picture"
     out = tmp_path / "out"
     Run(ImageWriterStage(str(out)), {"g": [ImageBatch([made, stored])]})
-    members = tar_members(out / "remainder-00000.tar")
+    members = tar_members(out / "packed-00000.tar")
     assert list(members) == ["x.png", "x.txt", "y.jpg"]
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(members["x.png"]))), pixels)
     assert (members["x.txt"], members["y.jpg"]) == (b"hello", b"not a picture")
-    found = rows(out / "remainder-00000.parquet")
+    found = rows(out / "packed-00000.parquet")
     assert [(row["width"], row["height"], row["image_error"], row["n"]) for row in found] == [
         (7, 5, None, 1),
         (None, None, "unknown: no picture", 2),
@@ -287,7 +287,7 @@ def test_a_large_member_is_never_in_memory(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 16 * 2**20
-    with tarfile.open(out / "remainder-00000.tar") as tar:
+    with tarfile.open(out / "packed-00000.tar") as tar:
         file = tar.extractfile("k.mp4")
         assert file is not None
         assert file.read() == large
@@ -374,7 +374,7 @@ def test_arguments_out_of_range(arguments: dict[str, Any], match: str) -> None:
         ImageWriterStage(**{"output_dir": "out", **arguments})
 
 
-@pytest.mark.parametrize("name", ["", "a/b", ".hidden", "remainder"])
+@pytest.mark.parametrize("name", ["", "a/b", ".hidden", "packed"])
 def test_names_of_groups_that_cannot_name_tars(name: str, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="name"):
         list(ImageWriterStage(str(tmp_path / "out")).stream(iter([]), FileGroup(name=name)))
@@ -435,8 +435,8 @@ def test_any_cut_gives_full_tars_in_order(
     Run(ImageWriterStage(str(out), images_per_tar=size), groups)
     by_shard = {name: [row["original_key"] for row in rows(out / f"{name}.parquet")] for name in tars(out)}
     assert sorted(key for found in by_shard.values() for key in found) == keys(0, place)
-    in_full = [name for name in by_shard if not name.startswith("remainder")]
-    packed = [name for name in by_shard if name.startswith("remainder")]
+    in_full = [name for name in by_shard if not name.startswith("packed")]
+    packed = [name for name in by_shard if name.startswith("packed")]
     assert all(len(by_shard[name]) == size for name in [*in_full, *packed[:-1]])
     assert len(packed) == -(-(place - size * len(in_full)) // size)
     left = []
@@ -458,6 +458,6 @@ def test_no_row_of_fields_is_invented(tmp_path: Path) -> None:
         image.metadata = {"key": image.image_id, "seed": 1, "note": None}
     out = tmp_path / "out"
     Run(ImageWriterStage(str(out)), {"g": in_batches(images, 2, fields)})
-    found = pq.read_schema(out / "remainder-00000.parquet")
+    found = pq.read_schema(out / "packed-00000.parquet")
     assert (found.field("seed").type, found.field("note").type) == (pa.int16(), pa.string())
     assert "source_key" not in found.names

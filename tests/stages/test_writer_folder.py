@@ -225,9 +225,9 @@ def test_a_tar_that_cannot_be_packed_is_named(
         return packed(self, left, *rest)
 
     monkeypatch.setattr(packing.PackTar, "_copy", copy)
-    with pytest.raises(RunError, match=r"2 of the 2 tars.*remainder-00000: .*b-0123abcd.tar") as caught:
+    with pytest.raises(RunError, match=r"2 of the 2 tars.*packed-00000: .*b-0123abcd.tar") as caught:
         Run(stage_of(out), groups)
-    assert caught.value.failures.keys() == {"remainder-00000", "remainder-00001"}
+    assert caught.value.failures.keys() == {"packed-00000", "packed-00001"}
     monkeypatch.undo()
     Run(stage_of(out), groups)
     Run(stage_of(tmp_path / "clean"), groups)
@@ -286,19 +286,19 @@ def test_with_a_checkpoint_more_groups_are_packed_with_the_old_ones(
 def test_what_was_packed_is_not_packed_again(groups: dict[str, list[ImageBatch]], tmp_path: Path) -> None:
     out = tmp_path / "out"
     run = Run(stage_of(out), groups, checkpoint="somewhere")
-    written = {path.name: path.stat().st_mtime_ns for path in out.glob("remainder-*")}
+    written = {path.name: path.stat().st_mtime_ns for path in out.glob("packed-*")}
     context = RunContext("test", [FileGroup(name=name) for name in groups], checkpoint_path="somewhere", token="token")
     done = list(run.records.values())
     assert run.stage.finish(context, done) == run.said
-    assert {path.name: path.stat().st_mtime_ns for path in out.glob("remainder-*")} == written
+    assert {path.name: path.stat().st_mtime_ns for path in out.glob("packed-*")} == written
     before = contents(out)
     # Unless something is missing, or the groups come in another order.
-    (out / "remainder-00000.idx").unlink()
-    (out / "remainder-00001.tar").write_bytes(b"cut off")
+    (out / "packed-00000.idx").unlink()
+    (out / "packed-00001.tar").write_bytes(b"cut off")
     assert run.stage.finish(context, done) == run.said
     assert contents(out) == before
     run.stage.finish(context, done[::-1])
-    assert rows(out / "remainder-00000.parquet")[0]["key"] == "b3"
+    assert rows(out / "packed-00000.parquet")[0]["key"] == "b3"
 
 
 def test_what_was_packed_of_other_pictures_is_packed_anew(groups: dict[str, list[ImageBatch]], tmp_path: Path) -> None:
@@ -311,8 +311,8 @@ def test_what_was_packed_of_other_pictures_is_packed_anew(groups: dict[str, list
     image.image_bytes = image.image_bytes[:-2] + b"!!"
     Run(stage_of(out), groups, checkpoint="somewhere")
     found = contents(out)
-    assert len(found["remainder-00000.tar"]) == len(before["remainder-00000.tar"])
-    assert tar_members(out / "remainder-00000.tar")[f"{image.image_id}.jpg"] == image.image_bytes
+    assert len(found["packed-00000.tar"]) == len(before["packed-00000.tar"])
+    assert tar_members(out / "packed-00000.tar")[f"{image.image_id}.jpg"] == image.image_bytes
 
 
 @pytest.mark.parametrize(
@@ -348,13 +348,13 @@ def test_another_file_system(groups: dict[str, list[ImageBatch]], tmp_path: Path
     fs = fsspec.filesystem("memory")
     inside = f"/{tmp_path.name}/out/"
     assert {path.removeprefix(inside): fs.cat_file(path) for path in fs.find(inside)} == contents(tmp_path / "out")
-    assert run.said == {**here.said, "output_dir": root + "/"}
+    assert run.said == {**here.said, "output_dir": root}
     assert len(ImageTextPairDataset.from_webdataset(root)) == 10
     with pytest.raises(DatasetError, match="another pipeline"):
         Run(ImageWriterStage(root), groups, token="other")
     only = {"a-0123abcd": groups["a-0123abcd"]}
     Run(ImageWriterStage(root, images_per_tar=3, replace=True), only, token="other")
-    assert files.list_files(root, ".tar") == ["a-0123abcd-00000.tar", "remainder-00000.tar"]
+    assert files.list_files(root, ".tar") == ["a-0123abcd-00000.tar", "packed-00000.tar"]
     assert not files.exists(f"{root}/_nemo_image/remainders")
 
 

@@ -104,7 +104,7 @@ def test_only_the_id_in_json_changes_and_only_where_the_key_did(tmp_path: Path) 
     assert [image.image_id for image in images] == names
     out = tmp_path / "out"
     Run(ImageWriterStage(str(out)), {"g": in_batches(images, 9)})
-    members = tar_members(out / "remainder-00000.tar")
+    members = tar_members(out / "packed-00000.tar")
     assert {name: data for name, data in members.items() if name.endswith("json")} == {
         "_/k.json": b'{"b": 1.5, "key": "_/k"}',
         "_/k2.json": b"[1, 2]",
@@ -120,7 +120,7 @@ def test_keys_that_meet_only_when_remainders_are_packed(tmp_path: Path) -> None:
         groups[shard] = in_batches(images, 2)
     out = tmp_path / "out"
     run = Run(ImageWriterStage(str(out), images_per_tar=4), groups)
-    assert tars(out) == ["remainder-00000", "remainder-00001", "remainder-00002"]
+    assert tars(out) == ["packed-00000", "packed-00001", "packed-00002"]
     table = [row for name in tars(out) for row in rows(out / f"{name}.parquet")]
     assert [row["key"] for row in table] == [
         *("000", "001", "002", "y_000"),
@@ -163,5 +163,5 @@ def test_names_that_are_no_utf8_are_written_as_their_rows_say_them(tmp_path: Pat
     write_tar(source, [("caf\udce9", {"jpg": encoded(picture(1, 8, 8))})])
     out = tmp_path / "out"
     Run(ImageWriterStage(str(out)), {"g": in_batches(tar_images(source), 1)})
-    assert list(tar_members(out / "remainder-00000.tar")) == ["caf\\xe9.jpg"]
-    assert rows(out / "remainder-00000.parquet")[0]["key"] == "caf\\xe9"
+    assert list(tar_members(out / "packed-00000.tar")) == ["caf\\xe9.jpg"]
+    assert rows(out / "packed-00000.parquet")[0]["key"] == "caf\\xe9"

@@ -132,7 +132,7 @@ def test_shards_in_folders(tmp_path: Path) -> None:
     # Also for a pipeline that writes no folders itself.
     Run(ImageWriterStage(str(out), images_per_tar=4, replace=True), groups, token="other")
     assert [name for name in contents(out) if not name.startswith("_")] == [
-        *("remainder-00000.idx", "remainder-00000.parquet", "remainder-00000.tar"),
+        *("packed-00000.idx", "packed-00000.parquet", "packed-00000.tar"),
     ]
 
 

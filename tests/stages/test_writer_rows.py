@@ -43,8 +43,8 @@ def written(tmp_path: Path, *groups: list[ImageObject], fields: pa.Schema | None
     fields = pa.schema([]) if fields is None else fields
     batches = {f"g{number}": [ImageBatch(some, fields=fields)] for number, some in enumerate(groups)}
     Run(ImageWriterStage(str(out)), batches, earlier=[Makes(**made)])
-    assert tars(out) == ["remainder-00000"]
-    return pq.read_table(out / "remainder-00000.parquet")
+    assert tars(out) == ["packed-00000"]
+    return pq.read_table(out / "packed-00000.parquet")
 
 
 # Types ----------------------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def test_results_are_in_every_file_once_a_stage_makes_them(tmp_path: Path) -> No
     groups = {"g": [ImageBatch(some[:3])], "h": [ImageBatch(some[3:])]}
     made = {"image_embedding": {"operator": "clip"}, "aesthetic_score": {}, "phash": {"operator": "p"}, "width": {}}
     Run(ImageWriterStage(str(out), images_per_tar=2), groups, earlier=[Makes(**made)])
-    assert tars(out) == ["g-00000", "remainder-00000"]
+    assert tars(out) == ["g-00000", "packed-00000"]
     first, last = (pq.read_schema(out / f"{name}.parquet") for name in tars(out))
     assert first.names == [
         *("shard", "key", "original_shard", "original_key", "phash"),
@@ -197,7 +197,7 @@ def test_results_are_in_every_file_once_a_stage_makes_them(tmp_path: Path) -> No
     # A size may be the source's: then it is no stage's.
     assert [one and one.columns for one in footers] == [{name: made[name] for name in made if name != "width"}] * 2
     assert [row["image_embedding"] for row in rows(out / "g-00000.parquet")] == [[1.0, 2.0], None]
-    assert rows(out / "remainder-00000.parquet")[0]["nsfw_score"] == 0.25
+    assert rows(out / "packed-00000.parquet")[0]["nsfw_score"] == 0.25
 
 
 def test_a_caption_column_is_there_if_any_image_has_one(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_fields_of_our_names_give_way_and_keep_what_they_say(tmp_path: Path) -> 
     image.width, image.height = 8, 6
     row = written(tmp_path, [image]).to_pylist()[0]
     assert row == {
-        "shard": "remainder-00000",
+        "shard": "packed-00000",
         "key": "k0",
         "original_shard": "s",
         "original_key": "k0",
