@@ -73,10 +73,10 @@ def run(
 
 
 def _plan(config_path: str, overrides: tuple[str, ...], allowed: tuple[str, ...]) -> Any:
-    from nemo_image.pipeline.build import read_plan
-    from nemo_image.pipeline.config import load_config
-    from nemo_image.pipeline.own_modules import import_own
-    from nemo_image.pipeline.targets import OURS
+    from nemo_image.pipeline.configuration.build import read_plan
+    from nemo_image.pipeline.configuration.config import load_config
+    from nemo_image.pipeline.configuration.own_modules import import_own
+    from nemo_image.pipeline.configuration.targets import OURS
 
     config = load_config(config_path, overrides)
     folders = [Path.cwd(), *([] if "://" in config_path else [Path(config_path).parent])]

@@ -3,8 +3,8 @@
 from nemo_image import errors as _errors
 
 try:
-    from nemo_image.pipeline.build import build_pipeline
-    from nemo_image.pipeline.config import load_config
+    from nemo_image.pipeline.configuration.build import build_pipeline
+    from nemo_image.pipeline.configuration.config import load_config
     from nemo_image.pipeline.executor import DaskExecutor
     from nemo_image.pipeline.pipeline import Pipeline
     from nemo_image.pipeline.results import PipelineResults

@@ -21,12 +21,12 @@ from nemo_image.datasets.parquet_folder import list_parquets
 from nemo_image.engine.ledger import FOLDER
 from nemo_image.errors import ArgumentError, DatasetError, EmbeddingError, MissingColumnError
 from nemo_image.shards import files, parquet
-from nemo_image.stages.arrow_columns import arrow_column, encodable
 from nemo_image.stages.base import Fields, ProcessingStage, RunContext
 from nemo_image.stages.image_object import ImageObject
 from nemo_image.stages.record import GroupRecord
-from nemo_image.stages.table_file import write_tables
 from nemo_image.stages.tasks import DocumentBatch, FileGroup, ImageBatch
+from nemo_image.stages.writing.arrow_columns import arrow_column, encodable
+from nemo_image.stages.writing.table_file import write_tables
 
 logger = logging.getLogger("nemo_image")
 

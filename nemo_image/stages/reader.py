@@ -19,8 +19,8 @@ from nemo_image.shards.decode import MAX_PIXELS
 from nemo_image.stages.base import Fields, ProcessingStage, Resources, RunContext
 from nemo_image.stages.image_object import ImageObject
 from nemo_image.stages.model_input import ModelInput
-from nemo_image.stages.pixels_ahead import PixelsAhead, Wanted
-from nemo_image.stages.samples import Chunk, tar_chunks
+from nemo_image.stages.reading.pixels_ahead import PixelsAhead, Wanted
+from nemo_image.stages.reading.samples import Chunk, tar_chunks
 from nemo_image.stages.tasks import FileGroup, ImageBatch
 
 logger = logging.getLogger("nemo_image")

@@ -14,10 +14,10 @@ from nemo_image.shards import files
 from nemo_image.shards.keys import match_ids
 from nemo_image.shards.read import ShardReader
 from nemo_image.stages.base import Fields, ProcessingStage, RunContext
-from nemo_image.stages.id_set import Ids, number_of
 from nemo_image.stages.image_object import ImageObject
-from nemo_image.stages.removal_list import RemovalList
-from nemo_image.stages.samples import shard_name
+from nemo_image.stages.reading.samples import shard_name
+from nemo_image.stages.removing.id_set import Ids, number_of
+from nemo_image.stages.removing.removal_list import RemovalList
 from nemo_image.stages.tasks import FileGroup, ImageBatch
 
 logger = logging.getLogger("nemo_image")

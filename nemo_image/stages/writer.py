@@ -16,8 +16,10 @@ from nemo_image import schema
 from nemo_image.errors import ArgumentError, DatasetError, PipelineError
 from nemo_image.shards import files
 from nemo_image.stages.base import Fields, ProcessingStage, RunContext
-from nemo_image.stages.group_output import GroupOutput, images_of, write_group, write_results
-from nemo_image.stages.output_folder import (
+from nemo_image.stages.record import GroupRecord
+from nemo_image.stages.tasks import FileGroup, ImageBatch, Task
+from nemo_image.stages.writing.group_output import GroupOutput, images_of, write_group, write_results
+from nemo_image.stages.writing.output_folder import (
     PACKED,
     claim,
     earlier_output,
@@ -26,10 +28,8 @@ from nemo_image.stages.output_folder import (
     require_inputs_elsewhere,
     sweep,
 )
-from nemo_image.stages.packing import pack
-from nemo_image.stages.record import GroupRecord
-from nemo_image.stages.shard_output import OutputSettings
-from nemo_image.stages.tasks import FileGroup, ImageBatch, Task
+from nemo_image.stages.writing.packing import pack
+from nemo_image.stages.writing.shard_output import OutputSettings
 
 logger = logging.getLogger("nemo_image")
 

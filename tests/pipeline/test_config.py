@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from nemo_image.errors import ArgumentError
-from nemo_image.pipeline import config as config_module
-from nemo_image.pipeline import plain_yaml
-from nemo_image.pipeline.config import load_config
+from nemo_image.pipeline.configuration import config as config_module
+from nemo_image.pipeline.configuration import plain_yaml
+from nemo_image.pipeline.configuration.config import load_config
 
 FLOW = """
 input_path: ???

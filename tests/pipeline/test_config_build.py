@@ -13,10 +13,10 @@ import pytest
 
 from nemo_image.errors import ArgumentError, PipelineError
 from nemo_image.pipeline import Pipeline
-from nemo_image.pipeline.build import build_pipeline, read_plan
-from nemo_image.pipeline.config import load_config
-from nemo_image.pipeline.old_names import REPLACED, TABLE, Dropped
-from nemo_image.pipeline.targets import find_class
+from nemo_image.pipeline.configuration.build import build_pipeline, read_plan
+from nemo_image.pipeline.configuration.config import load_config
+from nemo_image.pipeline.configuration.old_names import REPLACED, TABLE, Dropped
+from nemo_image.pipeline.configuration.targets import find_class
 from nemo_image.pipeline.workflows import RankingStrategy, SemanticDeduplicationWorkflow
 from nemo_image.stages.base import Resources
 

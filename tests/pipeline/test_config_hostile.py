@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from nemo_image.errors import ArgumentError
-from nemo_image.pipeline.build import build_pipeline
-from nemo_image.pipeline.config import load_config
+from nemo_image.pipeline.configuration.build import build_pipeline
+from nemo_image.pipeline.configuration.config import load_config
 
 EVIL = """
 from pathlib import Path
@@ -137,11 +137,11 @@ TRIES = {
     "one text": Try(target("nemo_image_evil.X"), "allowed must be a list", allowed="nemo_image"),
     # Our own names, but not our stages.
     "np.load of ours": Try(target("nemo_image.stages.np.load", "file: evil.pkl"), "there is no 'np'"),
-    "np.load of a module": Try(target("nemo_image.stages.tasks.np.load"), "'np' is a module"),
+    "np.load of a module": Try(target("nemo_image.stages.image_object.np.load"), "'np' is a module"),
     "os of ours": Try(target("nemo_image.shards.files.os.system", "command: x"), "'os' is a module"),
     "foreign class": Try(target("nemo_image.stages.tasks.Generic"), "comes from typing"),
     "foreign path class": Try(target("nemo_image.cli.run.Path.touch", "self: canary"), "comes from pathlib"),
-    "ShardReader elsewhere": Try(target("nemo_image.stages.tasks.ShardReader", "url: evil.pkl"), "is no stage"),
+    "ShardReader elsewhere": Try(target("nemo_image.stages.image_object.ShardReader", "url: evil.pkl"), "is no stage"),
     "helper": Try(target("nemo_image.engine.state_dict.load_state_dict", "path: evil.pkl"), "not a class"),
     "helper that writes": Try(target("nemo_image.shards.atomic.write_local", "path: canary"), "not a class"),
     "class of ours": Try(target("nemo_image.shards.read.ShardReader", "url: evil.pkl"), "is no stage"),

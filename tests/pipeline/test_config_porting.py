@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from nemo_image.pipeline.build import IGNORED
-from nemo_image.pipeline.old_names import EVERYWHERE, REPLACED, TABLE, Dropped
+from nemo_image.pipeline.configuration.build import IGNORED
+from nemo_image.pipeline.configuration.old_names import EVERYWHERE, REPLACED, TABLE, Dropped
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "porting.md").read_text()

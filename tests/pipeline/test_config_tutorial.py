@@ -14,8 +14,8 @@ import torch
 
 from nemo_image.classifiers import AestheticClassifier, NsfwClassifier
 from nemo_image.pipeline import DaskExecutor, Pipeline
-from nemo_image.pipeline.build import build_pipeline
-from nemo_image.pipeline.config import load_config
+from nemo_image.pipeline.configuration.build import build_pipeline
+from nemo_image.pipeline.configuration.config import load_config
 from nemo_image.stages import (
     FilePartitioningStage,
     ImageAestheticFilterStage,

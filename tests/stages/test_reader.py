@@ -29,9 +29,9 @@ from nemo_image.errors import ArgumentError, IdMismatchError, ImageError, Metada
 from nemo_image.shards.idx_file import idx_url, write_idx
 from nemo_image.shards.index import index_tar
 from nemo_image.shards.parquet import Footer, write_table
-from nemo_image.stages import pixels_ahead, sample_rows, samples
 from nemo_image.stages.reader import ImageReaderStage
-from nemo_image.stages.samples import shard_name
+from nemo_image.stages.reading import pixels_ahead, sample_rows, samples
+from nemo_image.stages.reading.samples import shard_name
 from nemo_image.stages.tasks import FileGroup
 from tests.makers import encoded, make_dataset, picture, sample, tar_members, write_rows, write_tar
 from tests.stages.reading import group_of, images_of, read

@@ -24,10 +24,10 @@ from nemo_image.engine.threads import local_share
 from nemo_image.errors import ImageError
 from nemo_image.shards import decode
 from nemo_image.shards.decode import decode_pillow
-from nemo_image.stages import pixels_ahead
 from nemo_image.stages.image_object import ImageObject
-from nemo_image.stages.pixels_ahead import Pictures, ReadPictures, merge_pictures
 from nemo_image.stages.reader import ImageReaderStage, OnError
+from nemo_image.stages.reading import pixels_ahead
+from nemo_image.stages.reading.pixels_ahead import Pictures, ReadPictures, merge_pictures
 from nemo_image.stages.tasks import FileGroup
 from tests.makers import encoded, make_dataset, picture, write_tar
 from tests.stages.reading import (

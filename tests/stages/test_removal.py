@@ -17,12 +17,12 @@ from nemo_image.engine.model_cache import clear_models
 from nemo_image.errors import ArgumentError, DatasetError, IdMismatchError, MissingColumnError
 from nemo_image.shards import parquet
 from nemo_image.shards.read import ShardReader
-from nemo_image.stages import id_set, removal_list
 from nemo_image.stages.base import RunContext, collecting_metrics
-from nemo_image.stages.id_set import Ids, TextSet, number_of
 from nemo_image.stages.image_object import ImageObject, SampleSource
 from nemo_image.stages.removal import ImageDuplicatesRemovalStage
-from nemo_image.stages.removal_list import RemovalList
+from nemo_image.stages.removing import id_set, removal_list
+from nemo_image.stages.removing.id_set import Ids, TextSet, number_of
+from nemo_image.stages.removing.removal_list import RemovalList
 from nemo_image.stages.tasks import FileGroup, ImageBatch
 from tests.makers import sample, write_tar
 

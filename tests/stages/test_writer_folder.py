@@ -14,11 +14,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.errors import ArgumentError, DatasetError, RunError
 from nemo_image.shards import atomic, files
-from nemo_image.stages import packing
 from nemo_image.stages.base import RunContext
 from nemo_image.stages.record import GroupRecord
 from nemo_image.stages.tasks import FileGroup, ImageBatch
 from nemo_image.stages.writer import ImageWriterStage
+from nemo_image.stages.writing import packing
 from tests.makers import make_dataset, tar_members
 from tests.stages.writing import Run, contents, in_batches, plain_tar, rows, tars
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.shards.keys import split_member_name
 from nemo_image.stages.image_object import ImageObject
-from nemo_image.stages.output_keys import OutputKeys, harmless
 from nemo_image.stages.tasks import ImageBatch
 from nemo_image.stages.writer import ImageWriterStage
+from nemo_image.stages.writing.output_keys import OutputKeys, harmless
 from tests.makers import encoded, picture, tar_members, write_tar
 from tests.stages.writing import Run, in_batches, plain_tar, rows, tar_images, tars
 

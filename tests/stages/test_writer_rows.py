@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_image.shards.parquet import read_summary
-from nemo_image.stages.arrow_columns import arrow_column, concatenated
 from nemo_image.stages.image_object import ImageObject
 from nemo_image.stages.tasks import ImageBatch
 from nemo_image.stages.writer import ImageWriterStage
+from nemo_image.stages.writing.arrow_columns import arrow_column, concatenated
 from tests.stages.writing import Makes, Run, rows, tars
 
 UTC = datetime.UTC

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_image.errors import ArgumentError
-from nemo_image.pipeline.config import IGNORED, OWN_KEYS, PARTS
-from nemo_image.pipeline.interpolation import MISSING, TARGET, near_name
-from nemo_image.pipeline.old_names import OLD, our_arguments, our_target
+from nemo_image.pipeline.configuration.config import IGNORED, OWN_KEYS, PARTS
+from nemo_image.pipeline.configuration.interpolation import MISSING, TARGET, near_name
+from nemo_image.pipeline.configuration.old_names import OLD, our_arguments, our_target
+from nemo_image.pipeline.configuration.targets import OURS, check_prefixes, find_class
 from nemo_image.pipeline.pipeline import Pipeline
-from nemo_image.pipeline.targets import OURS, check_prefixes, find_class
 from nemo_image.stages.base import ProcessingStage
 
 logger = logging.getLogger("nemo_image")
@@ -118,8 +118,8 @@ def build_pipeline(config: Mapping[str, Any], allowed: Sequence[str] = (OURS,)) 
     Parameters
     ----------
     config : mapping
-        As :func:`~nemo_image.pipeline.config.load_config` returns it: ``stages``, a list of mappings with ``_target_``,
-        a stage's class, and its arguments; or ``workflow``, a list of one such. ``name`` and ``description`` are the
+        As :func:`load_config` returns it: ``stages``, a list of mappings with ``_target_``, a stage's class, and its
+        arguments; or ``workflow``, a list of one such. ``name`` and ``description`` are the
         pipeline's.
     allowed : sequence of str, default ("nemo_image",)
         Packages and modules whose classes may be named. Naming a package of yours has it imported.

@@ -15,12 +15,12 @@ from nemo_image.errors import MetadataFileError, RunError, TarError, one_line
 from nemo_image.shards import parquet
 from nemo_image.shards.read import ShardReader
 from nemo_image.shards.write import TarWriter
-from nemo_image.stages.group_output import Remainder
-from nemo_image.stages.output_folder import PACKED
-from nemo_image.stages.output_keys import OutputKeys
-from nemo_image.stages.rows import ORIGINAL_KEY, ORIGINAL_SHARD, merged
-from nemo_image.stages.sample_members import copied, write_sample
-from nemo_image.stages.shard_output import REMAINDERS, OutputSettings, complete_shard, tar_output
+from nemo_image.stages.writing.group_output import Remainder
+from nemo_image.stages.writing.output_folder import PACKED
+from nemo_image.stages.writing.output_keys import OutputKeys
+from nemo_image.stages.writing.rows import ORIGINAL_KEY, ORIGINAL_SHARD, merged
+from nemo_image.stages.writing.sample_members import copied, write_sample
+from nemo_image.stages.writing.shard_output import REMAINDERS, OutputSettings, complete_shard, tar_output
 
 _NAMED = 10
 

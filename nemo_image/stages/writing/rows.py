@@ -25,8 +25,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from nemo_image import schema
-from nemo_image.stages.arrow_columns import arrow_column, concatenated, encodable
 from nemo_image.stages.image_object import ImageObject
+from nemo_image.stages.writing.arrow_columns import arrow_column, concatenated, encodable
 
 ORIGINAL_SHARD = "original_shard"
 ORIGINAL_KEY = "original_key"

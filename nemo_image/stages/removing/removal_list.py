@@ -17,7 +17,7 @@ from nemo_image.datasets.parquet_folder import list_parquets
 from nemo_image.engine.model_cache import ModelSpec, get_model
 from nemo_image.errors import DatasetError, IdMismatchError, MissingColumnError
 from nemo_image.shards import files, parquet
-from nemo_image.stages.id_set import Ids
+from nemo_image.stages.removing.id_set import Ids
 
 NAMED_AT_MOST = 3
 

@@ -17,7 +17,7 @@ from nemo_image.errors import ShardError
 from nemo_image.shards.index import Member, Sample
 from nemo_image.shards.read import ShardReader
 from nemo_image.stages.image_object import ImageObject, SampleSource
-from nemo_image.stages.sample_rows import rows_beside
+from nemo_image.stages.reading.sample_rows import rows_beside
 from nemo_image.stages.tasks import FileGroup
 
 logger = logging.getLogger("nemo_image")

@@ -12,7 +12,7 @@ from pathlib import Path
 import cloudpickle
 
 from nemo_image.errors import ArgumentError, one_line
-from nemo_image.pipeline.targets import check_prefixes, import_module
+from nemo_image.pipeline.configuration.targets import check_prefixes, import_module
 
 logger = logging.getLogger("nemo_image")
 

@@ -13,11 +13,12 @@ import pyarrow as pa
 from nemo_image.errors import ArgumentError
 from nemo_image.shards import files, parquet
 from nemo_image.stages.image_object import ImageObject
-from nemo_image.stages.output_folder import move
-from nemo_image.stages.output_keys import OutputKeys
-from nemo_image.stages.rows import Rows
-from nemo_image.stages.sample_members import SourceReaders, contents_of, write_sample
-from nemo_image.stages.shard_output import (
+from nemo_image.stages.tasks import ImageBatch
+from nemo_image.stages.writing.output_folder import move
+from nemo_image.stages.writing.output_keys import OutputKeys
+from nemo_image.stages.writing.rows import Rows
+from nemo_image.stages.writing.sample_members import SourceReaders, contents_of, write_sample
+from nemo_image.stages.writing.shard_output import (
     REMAINDERS,
     OutputSettings,
     TarOutput,
@@ -25,7 +26,6 @@ from nemo_image.stages.shard_output import (
     tar_output,
     write_rows,
 )
-from nemo_image.stages.tasks import ImageBatch
 
 Images = Iterator[tuple[ImageObject, pa.Schema]]
 """Images, with the types of their metadata."""

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_image.errors import ArgumentError
-from nemo_image.pipeline.interpolation import KEY, Resolver, names_in, near_name, steps_of
-from nemo_image.pipeline.plain_yaml import parse, parse_scalar
+from nemo_image.pipeline.configuration.interpolation import KEY, Resolver, names_in, near_name, steps_of
+from nemo_image.pipeline.configuration.plain_yaml import parse, parse_scalar
 from nemo_image.shards import files
 
 logger = logging.getLogger("nemo_image")

@@ -30,8 +30,8 @@ from nemo_image.datasets.footers import each, in_chunks
 from nemo_image.engine.ledger import FOLDER
 from nemo_image.errors import ArgumentError, DatasetError
 from nemo_image.shards import files, parquet, retries
-from nemo_image.stages.shard_output import REMAINDERS, WRITER, OutputSettings
 from nemo_image.stages.tasks import FileGroup
+from nemo_image.stages.writing.shard_output import REMAINDERS, WRITER, OutputSettings
 
 MANIFEST = f"{FOLDER}/pipeline.json"
 PACKED = "packed"

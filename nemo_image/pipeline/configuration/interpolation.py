@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nemo_image.errors import ArgumentError
-from nemo_image.pipeline.plain_yaml import Size
+from nemo_image.pipeline.configuration.plain_yaml import Size
 
 MISSING = "???"
 """A value that the file leaves to the caller."""

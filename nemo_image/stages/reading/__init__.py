@@ -1,0 +1,1 @@
+"""Read samples, and decode them ahead."""

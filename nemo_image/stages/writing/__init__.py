@@ -1,0 +1,1 @@
+"""Write samples and rows."""
