@@ -251,7 +251,10 @@ def test_arguments(options: dict[str, Any], message: str) -> None:
         DaskExecutor(**options)
 
 
-def test_a_cluster_of_its_own(tmp_path: Path) -> None:
+def test_a_cluster_of_its_own_ends_with_the_run(tmp_path: Path) -> None:
+    import psutil
+
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
     results = Pipeline("p", stages=[Groups(4), Images(), Count(tmp_path)]).run(DaskExecutor(n_workers=2))
     assert ids_of(results) == expected(4)
     import os
@@ -259,3 +262,5 @@ def test_a_cluster_of_its_own(tmp_path: Path) -> None:
     pids = {path.name.split("-")[1] for path in tmp_path.glob("setup-*")}
     assert pids
     assert str(os.getpid()) not in pids
+    after = {child.pid for child in psutil.Process().children(recursive=True) if "spawn_main" in str(child.cmdline())}
+    assert after <= before
