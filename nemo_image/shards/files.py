@@ -5,6 +5,7 @@ A URL is a local path or whatever `fsspec <https://filesystem-spec.readthedocs.i
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, BinaryIO, TypeVar
 
+import xxhash
 from fsspec.asyn import AsyncFileSystem
 from fsspec.core import url_to_fs
 from fsspec.dircache import DirCache
@@ -229,6 +231,24 @@ def atomic_writer(url: Url, storage_options: StorageOptions = None) -> Iterator[
     writer = write_local(path) if isinstance(fs, LocalFileSystem) else write_remote(fs, path, os.fspath(url))
     with writer as file:
         yield file
+
+
+class HashedFile(io.RawIOBase):
+    """Passes on what is written to a file, and hashes it (`hash`, XXH3-128)."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.hash = xxhash.xxh3_128()
+
+    def writable(self) -> bool:
+        """Tell that it can be written to."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Write and hash bytes; return how many."""
+        self.hash.update(data)
+        self._file.write(data)
+        return len(data)
 
 
 def sweep_temporaries(

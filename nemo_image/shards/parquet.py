@@ -6,18 +6,16 @@ made from, and the shard's account of its rows.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import xxhash
 
 from nemo_image import schema
 from nemo_image.errors import MetadataFileError, MissingColumnError
@@ -238,7 +236,7 @@ def table_writer(url: str, arrow_schema: pa.Schema, storage_options: StorageOpti
     }
     arrow_schema = arrow_schema.with_metadata(metadata or None)
     with files.atomic_writer(url, storage_options) as out:
-        hashed = _HashedFile(out)
+        hashed = files.HashedFile(out)
         with pq.ParquetWriter(hashed, arrow_schema, write_page_checksum=True) as writer:
             pieces = TableWriter(writer, arrow_schema)
             yield pieces
@@ -247,22 +245,6 @@ def table_writer(url: str, arrow_schema: pa.Schema, storage_options: StorageOpti
                 footer = replace(pieces.footer, digest=hashed.hash.hexdigest())
                 writer.add_key_value_metadata({schema.FOOTER_KEY: footer.to_bytes()})
     (_known.get() or {}).pop(url, None)
-
-
-class _HashedFile(io.RawIOBase):
-    """Passes on what is written, and hashes it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.hash = xxhash.xxh3_128()
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.hash.update(data)
-        self._file.write(data)
-        return len(data)
 
 
 def count_pending(table: pa.Table, names: Iterable[str]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from nemo_image.stages.base import Fields, ProcessingStage, Resources, RunContex
 from nemo_image.stages.image_object import ImageObject
 from nemo_image.stages.models import check_model_dir, provide_weights, timm_name
 from nemo_image.stages.tasks import FileGroup, ImageBatch
+
+logger = logging.getLogger("nemo_image")
 
 _Vectors = list[npt.NDArray[Any] | None]
 
@@ -178,6 +181,8 @@ class ImageEmbeddingStage(ProcessingStage[ImageBatch, ImageBatch]):
                     yield waiting.popleft()[0]
             while waiting:
                 yield waiting.popleft()[0]
+        if self.verbose:
+            logger.info("%s: %s: %d images", self.name, group.name, drawn)
 
     def _note(self, images: Sequence[ImageObject], vectors: _Vectors) -> None:
         for image, vector in zip(images, vectors, strict=True):

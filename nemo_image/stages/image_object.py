@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from nemo_image.errors import ArgumentError, ImageError
 from nemo_image.shards.decode import decode_rgb, read_header
 from nemo_image.shards.index import Member, Sample
-from nemo_image.shards.read import CHUNK, ShardReader
+from nemo_image.shards.read import ShardReader
 
 Pixels = npt.NDArray[np.uint8]
 Vector = npt.NDArray[np.floating[Any]]
@@ -39,11 +39,6 @@ class SampleSource:
         """Return a member's bytes."""
         with ShardReader(self.tar_url, self.storage_options) as reader:
             return reader.read(member)
-
-    def read_chunks(self, member: Member) -> Iterator[bytes]:
-        """Yield a member's bytes piece by piece."""
-        with ShardReader(self.tar_url, self.storage_options) as reader:
-            yield from reader.read_chunks(member, CHUNK)
 
 
 class ImageObject:

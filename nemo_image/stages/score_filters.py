@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from nemo_image.errors import ArgumentError
 from nemo_image.stages.base import Fields, ProcessingStage, Resources, RunContext
 from nemo_image.stages.image_object import ImageObject
 from nemo_image.stages.models import check_model_dir, provide_head
-from nemo_image.stages.tasks import ImageBatch
+from nemo_image.stages.tasks import FileGroup, ImageBatch
 
 logger = logging.getLogger("nemo_image")
 
@@ -124,6 +124,17 @@ class ScoreFilterStage(ProcessingStage[ImageBatch, ImageBatch]):
         if self._classifier is None:
             return {}
         return {self.score: self._classifier.fingerprint(getattr(self, "_embedded_by", None))}
+
+    def stream(self, tasks: Iterator[ImageBatch], group: FileGroup) -> Iterator[ImageBatch]:
+        """Work on all batches of a file group."""
+        seen = kept = 0
+        for task in tasks:
+            seen += len(task.data)
+            made = self.process(task)
+            kept += len(made.data)
+            yield made
+        if self.verbose:
+            logger.info("%s: %s: %d of %d images kept", self.name, group.name, kept, seen)
 
     def process(self, task: ImageBatch) -> ImageBatch:
         """Score the images of a batch; return it with those that stay."""

@@ -16,7 +16,7 @@ from nemo_image.stages.base import RunContext, collecting_metrics
 from nemo_image.stages.embedder import ImageEmbeddingStage
 from nemo_image.stages.image_object import ImageObject
 from nemo_image.stages.score_filters import ImageAestheticFilterStage, ImageNSFWFilterStage, ScoreFilterStage
-from nemo_image.stages.tasks import ImageBatch
+from nemo_image.stages.tasks import FileGroup, ImageBatch
 from tests.classifiers.makers import aesthetic_state, nsfw_state, numpy_aesthetic, numpy_nsfw
 from tests.makers import TINY_MODEL
 
@@ -149,3 +149,15 @@ def test_weights_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "clip_autokeras_binary_nsfw.pth").write_text("not weights")
     with pytest.raises(WeightsError, match="clip_autokeras_binary_nsfw"):
         ImageNSFWFilterStage(model_dir=str(tmp_path)).prepare(RunContext("test"))
+
+
+@pytest.mark.parametrize("verbose", [True, False])
+def test_a_line_a_file_group_on_request(models: str, verbose: bool, caplog: pytest.LogCaptureFixture) -> None:
+    one = prepared(ImageAestheticFilterStage(model_dir=models, filter=False, verbose=verbose))
+    embedder = ImageEmbeddingStage(model_name=TINY_MODEL, random_weights=True, autocast=False, verbose=verbose)
+    with caplog.at_level("INFO", "nemo_image"):
+        list(one.stream(iter([batch(3), batch(2)]), FileGroup(name="g")))
+        list(embedder.prepare(RunContext("test")).stream(iter([ImageBatch([])]), FileGroup(name="g")))
+    said = [record.message for record in caplog.records if ": g: " in record.message]
+    expected = ["image_aesthetic_filter: g: 5 of 5 images kept", "image_embedding: g: 0 images"]
+    assert said == (expected if verbose else [])

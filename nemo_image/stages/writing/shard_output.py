@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
-import xxhash
 
 from nemo_image.engine.ledger import FOLDER, ShardRecord
 from nemo_image.errors import ArgumentError
@@ -76,7 +74,7 @@ class TarOutput:
     index: TarIndex
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file = _HashedFile(file)
+        self._file = files.HashedFile(file)
         self.writer = TarWriter(cast(BinaryIO, self._file))
 
     @property
@@ -93,22 +91,6 @@ def tar_output(settings: OutputSettings, name: str) -> Iterator[TarOutput]:
         yield tar
         tar.writer.close()
         tar.index = tar.writer.index()
-
-
-class _HashedFile(io.RawIOBase):
-    """Passes on what is written, and hashes it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.hash = xxhash.xxh3_128()
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.hash.update(data)
-        self._file.write(data)
-        return len(data)
 
 
 def complete_shard(
