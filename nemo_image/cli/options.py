@@ -29,7 +29,11 @@ def id_option(command: F) -> F:
 def cluster_options(command: F) -> F:
     """Add the options that choose where the work runs."""
     for option in (
-        click.option("--workers", type=click.IntRange(1), help="Start a local cluster of this many processes."),
+        click.option(
+            "--workers",
+            type=click.IntRange(1),
+            help="Start a local cluster of this many processes; with a scheduler, wait for so many.",
+        ),
         click.option("--scheduler-address", help="Join a running Dask scheduler, as tcp://node1:8786."),
         click.option("--scheduler-file", type=click.Path(), help="Join the scheduler that wrote this file."),
     ):
@@ -53,14 +57,8 @@ def cluster(workers: int | None, scheduler_address: str | None, scheduler_file: 
     if workers is None and scheduler_address is None and scheduler_file is None:
         yield
         return
-    client = get_client("cpu", scheduler_address=scheduler_address, scheduler_file=scheduler_file, n_workers=workers)
-    try:
+    with get_client("cpu", scheduler_address=scheduler_address, scheduler_file=scheduler_file, n_workers=workers):
         yield
-    finally:
-        local = client.cluster
-        client.close()
-        if local is not None:
-            local.close()
 
 
 def print_json(values: Any) -> None:

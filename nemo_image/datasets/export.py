@@ -14,21 +14,23 @@ import pyarrow as pa
 from dask.base import tokenize
 
 from nemo_image import backend, schema
+from nemo_image.datasets.export_folder import require_free, take_over
+from nemo_image.datasets.load import read_rows
 from nemo_image.datasets.partitions import PartitionTask, ShardTasks, shard_tasks
 from nemo_image.datasets.save import finish, materialize, run_shards
 from nemo_image.datasets.schemas import unify_schemas
-from nemo_image.datasets.selection import Counted, CountItem, CountSelected, Selected, find_again
+from nemo_image.datasets.selection import Counted, CountItem, CountSelected, find_again
+from nemo_image.datasets.selection_file import Selection, folder_of, remove_selections
 from nemo_image.datasets.shard_pass import ShardPass
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.datasets.state import DatasetState
 from nemo_image.engine import ledger
-from nemo_image.engine.ledger import FOLDER, ShardRecord, accounted
+from nemo_image.engine.ledger import ShardRecord, accounted
 from nemo_image.engine.run_lock import run_lock
 from nemo_image.errors import ArgumentError, DatasetError
 from nemo_image.export import plan, write
 from nemo_image.shards import files
 
-MANIFEST = "export.json"
 COUNT = "to_webdataset-count"
 
 
@@ -44,12 +46,12 @@ class SourceShard:
 
 @dataclass
 class OutputItem:
-    """An output shard to write: what it takes, and from which source shards."""
+    """An output shard to write: what it consists of, and the source shards by their numbers there."""
 
     shard: str
     number: int
-    takes: Sequence[plan.Take]
-    sources: Sequence[SourceShard]
+    stretches: Sequence[plan.Stretch]
+    sources: Mapping[int, SourceShard]
 
 
 class WriteOutput:
@@ -72,32 +74,44 @@ class WriteOutput:
             done = write.is_written(self.settings, item.shard)
             if done is not None and done.footer is not None:
                 return ShardRecord.from_dict({**done.footer.record, "status": "skipped", "rows_out": done.rows})
-            taken = [self._take(take, one) for take, one in zip(item.takes, item.sources, strict=True)]
+            taken = [self._take(take, item.sources[take.source]) for take in plan.takes_of(item.stretches)]
             write.write_output(self.settings, record, lambda place: self.naming.sample(item.number, place), taken)
         return record
 
     def _take(self, take: plan.Take, source: SourceShard) -> write.Taken:
         with ShardPass(self.source, source.shard) as under_way:
-            found = find_again(under_way, source.counted_rows, self.filter_column, source.digest)
+            folder = folder_of(self.settings.root)
+            found = find_again(under_way, source.counted_rows, self.filter_column, source.digest, folder)
             if found.digest != source.digest:
-                raise DatasetError(
-                    f"shard {source.shard}: other rows pass {self.filter_column!r} now than when they were counted, or "
-                    "its files have changed: a filter that draws at random must be saved first (save_metadata), then "
-                    "exported"
-                )
+                raise self._changed(source.shard)
             table = self._rows_at(under_way, source.rows, found, found.rows[take.positions])
-        samples = [found.index.samples[place] for place in found.places[take.positions]]
-        return write.Taken(self.source.tar_url(source.shard), samples, table, take.places)
+        if table[self.source.id_col].to_pylist() != found.ids.take(pa.array(take.positions)).to_pylist():
+            raise self._changed(source.shard)
+        return write.Taken(self.source.tar_url(source.shard), found.samples(take.positions), table, take.places)
 
-    def _rows_at(self, under_way: ShardPass, rows: PartitionTask, found: Selected, wanted: Any) -> pa.Table:
+    def _changed(self, shard: str) -> DatasetError:
+        return DatasetError(
+            f"shard {shard}: other rows pass {self.filter_column!r} now than when they were counted, or "
+            "its files have changed: a filter that draws at random must be saved first (save_metadata), then "
+            "exported"
+        )
+
+    def _rows_at(self, under_way: ShardPass, rows: PartitionTask, found: Selection, wanted: Any) -> pa.Table:
         """Return rows of the user's frame by their positions in it, with all columns, window by window."""
         ascending = np.sort(wanted)
         parts = []
         first = 0
-        for length in under_way.windows_of(found.ids, rows.row_by_row, found.lengths):
+        in_windows = len(found.lengths) > 1
+        ids = read_rows(self.source, under_way.shard, [self.source.id_col]) if in_windows else None
+        own_ids = None if ids is None else ids[self.source.id_col].combine_chunks()
+        for length in under_way.windows_of(own_ids, in_windows, found.lengths):
             inside = ascending[(ascending >= first) & (ascending < first + length)] - first
             if len(inside):
-                parts.append(self._to_table(rows().iloc[inside]))
+                frame = rows()
+                chosen = frame[self.filter_column].iloc[inside] if len(frame) == length else pd.Series([False])
+                if not chosen.fillna(False).all():
+                    raise self._changed(under_way.shard)
+                parts.append(self._to_table(frame.iloc[inside]))
             first += length
         table = pa.concat_tables(parts)
         return table.take(pa.array(np.searchsorted(ascending, wanted)))
@@ -135,7 +149,7 @@ def export(state: DatasetState, target: str, options: ExportOptions) -> dict[str
     """
     _check_arguments(state, target, options)
     storage_options = state.source.storage_options
-    _require_free(target, _read_manifest(target, storage_options), storage_options)
+    require_free(target, storage_options)
     with run_lock(target, "to_webdataset", storage_options):
         return _export(state, target, options)
 
@@ -151,16 +165,21 @@ def _export(state: DatasetState, target: str, options: ExportOptions) -> dict[st
     total = sum(record.selected for record in counted)
     if not total:
         raise DatasetError(f"no row has {options.filter_column!r} true and a sample in its tar: nothing to export")
-    naming = plan.make_naming(total, options.samples_per_shard, options.max_shards)
-    settings = _settings(state, target, options, counted)
-    _begin(settings, source.tar_root, options.replace)
-    items = _outputs(tasks, counting, counted, naming, options.samples_per_shard, options.shuffle_seed)
+    try:
+        naming = plan.make_naming(total, options.samples_per_shard, options.max_shards)
+        settings = _settings(state, target, options, counted)
+        take_over(settings, source.tar_root, options.replace)
+    except (ArgumentError, DatasetError):  # the folder may be another export's: leave nothing large in it
+        remove_selections(target, storage_options)
+        raise
+    packed = plan.Plan([record.selected for record in counted], options.samples_per_shard, options.shuffle_seed)
+    items = _outputs(tasks, counting, counted, naming, packed)
     work = WriteOutput(source, settings, naming, options.filter_column)
-    outputs = plan.count_outputs(total, options.samples_per_shard)
-    written = run_shards("to_webdataset", work, items, outputs, 1.0, target, source)
+    written = run_shards("to_webdataset", work, items, len(packed), 1.0, target, source)
     totals = finish(target, "to_webdataset-output", written, storage_options, settings.footer_columns, notes)
     if totals["rows_out"] != total:
         raise DatasetError(f"{total} samples were selected, but {totals['rows_out']} were written: please report this")
+    remove_selections(target, storage_options)
     return finish(target, "to_webdataset", counted, storage_options)
 
 
@@ -183,37 +202,6 @@ def _settings(
     )
 
 
-def _begin(settings: write.ExportSettings, tar_root: str, replace: bool) -> None:
-    """Make the output folder this export's own, whatever an earlier run of it left there."""
-    target, storage_options = settings.root, settings.storage_options
-    before = _read_manifest(target, storage_options)
-    if before is not None and before.get("token") != settings.token:
-        if not replace and not before:
-            raise DatasetError(
-                f"{target}/{FOLDER}/{MANIFEST} is garbled, so that nobody knows whose export this is: give an empty "
-                "folder, or replace=True (--replace) to write this one in its place"
-            )
-        if not replace:
-            raise DatasetError(
-                f"{target} holds another export (of other rows, values or settings): give an empty folder, or "
-                "replace=True (--replace) to put this one in its place"
-            )
-        # The manifest goes first: a run that is killed here leaves an export of no token, which none takes for its own.
-        _write_manifest(target, {"token": "", "source": tar_root}, storage_options)
-        _remove_shards(target, storage_options)
-    files.sweep_temporaries(target, storage_options=storage_options, folders=("", FOLDER))
-    _write_manifest(target, {"token": settings.token, "source": tar_root}, storage_options)
-
-
-def _remove_shards(target: str, storage_options: Mapping[str, Any]) -> None:
-    """Remove the shards of an export; only those, by the names that exports give."""
-    for suffix in (".parquet", ".idx", ".tar"):
-        for name in files.list_files(target, suffix, storage_options):
-            if name.removesuffix(suffix).isdecimal():
-                fs, path = files.open_fs(files.join(target, name), storage_options)
-                fs.rm_file(path)
-
-
 def _check_arguments(state: DatasetState, target: str, options: ExportOptions) -> None:
     state.require_columns([options.filter_column])
     dtype = state.frame._meta[options.filter_column].dtype
@@ -225,6 +213,9 @@ def _check_arguments(state: DatasetState, target: str, options: ExportOptions) -
         value = getattr(options, name)
         if not isinstance(value, int) or value < 1:
             raise ArgumentError(f"{name} must be a whole number, at least 1, not {value!r}")
+    seed = options.shuffle_seed
+    if seed is not None and (not isinstance(seed, int | np.integer) or seed < 0):
+        raise ArgumentError(f"shuffle_seed must be a whole number, at least 0, or None, not {seed!r}")
     if options.keep_ids and options.old_id_col is not None:
         raise ArgumentError("keep_ids keeps the ids as they are, so there is no old id to keep: leave out old_id_col")
     if options.old_id_col in (state.source.id_col, schema.SHARD, schema.KEY):
@@ -233,18 +224,6 @@ def _check_arguments(state: DatasetState, target: str, options: ExportOptions) -
         )
     if not target or target in (state.source.tar_root, state.source.metadata_root):
         raise ArgumentError(f"path {target!r} is the dataset's own folder: give another one")
-
-
-def _require_free(target: str, before: Mapping[str, Any] | None, options: Mapping[str, Any]) -> None:
-    if before is not None:
-        return
-    if not files.exists(target, options):
-        return
-    if not files.is_folder(target, options):
-        raise DatasetError(f"{target} is a file: give a folder for the new dataset")
-    there = [name for suffix in (".tar", ".parquet") for name in files.list_files(target, suffix, options)]
-    if there:
-        raise DatasetError(f"{target} holds another dataset ({there[0]}, …): give an empty folder")
 
 
 def _one_partition_a_shard(state: DatasetState) -> tuple[DatasetState, ShardTasks]:
@@ -277,7 +256,7 @@ def _count(source: DatasetSource, filter_column: str, tasks: ShardTasks, target:
     """Count the shards, and say so in a ledger at once: a rerun then need not look into the tars again."""
     earlier = _counted_before(target, source.storage_options)
     items = (CountItem(shard, task, earlier.get(shard)) for shard, task in tasks)
-    work = CountSelected(source, filter_column)
+    work = CountSelected(source, filter_column, folder_of(target))
     records = run_shards(COUNT, work, items, len(tasks.shards), 0.0, target, source)
     finish(target, COUNT, records, source.storage_options)
     return sorted((record for record in records if isinstance(record, Counted)), key=lambda record: record.shard)
@@ -296,22 +275,17 @@ def _counted_before(target: str, storage_options: Mapping[str, Any]) -> dict[str
 
 
 def _outputs(
-    tasks: ShardTasks,
-    counting: ShardTasks,
-    counted: Sequence[Counted],
-    naming: plan.Naming,
-    samples_per_shard: int,
-    shuffle_seed: int | None,
+    tasks: ShardTasks, counting: ShardTasks, counted: Sequence[Counted], naming: plan.Naming, packed: plan.Plan
 ) -> Iterator[OutputItem]:
     by_name, counting_by_name = dict(tasks), dict(counting)
     sources = [
         SourceShard(record.shard, by_name[record.shard], counting_by_name[record.shard], record.digest)
         for record in counted
     ]
-    counts = [record.selected for record in counted]
-    for number in range(plan.count_outputs(sum(counts), samples_per_shard)):
-        takes = plan.takes_of(counts, number, samples_per_shard, shuffle_seed)
-        yield OutputItem(naming.shard(number), number, takes, [sources[take.source] for take in takes])
+    for number in range(len(packed)):
+        stretches = packed.stretches(number)
+        needed = {source: sources[source] for stretch in stretches for source in stretch.sources}
+        yield OutputItem(naming.shard(number), number, stretches, needed)
 
 
 def _output_schema(state: DatasetState, old_id_col: str | None, keep_ids: bool) -> pa.Schema:
@@ -333,17 +307,3 @@ def _output_schema(state: DatasetState, old_id_col: str | None, keep_ids: bool) 
             kinds[old_id_col] = id_type
     kinds[schema.SHARD] = schema.SHARD_TYPE
     return pa.schema(list(kinds.items()))
-
-
-def _read_manifest(target: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads(files.read_bytes(files.join(target, FOLDER, MANIFEST), options)))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError:
-        return {}
-
-
-def _write_manifest(target: str, values: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    with files.atomic_writer(files.join(target, FOLDER, MANIFEST), options) as out:
-        out.write(json.dumps(values, indent=1, sort_keys=True).encode() + b"\n")

@@ -87,6 +87,17 @@ def column_kinds(
     return found
 
 
+def count_rows(source: DatasetSource, shards: Sequence[str]) -> int:
+    """Count the rows of the shards' files by their footers, on the cluster if there is one.
+
+    Raises
+    ------
+    MetadataFileError
+        If a file is missing or is no Parquet.
+    """
+    return sum(in_chunks(_CountRows(source), shards, source.metadata_root, source.storage_options))
+
+
 def big_integers(source: DatasetSource, root: str, columns: Mapping[str, Sequence[str]]) -> dict[str, str]:
     """Return, of the columns given with their shards, those with integers that a double cannot hold; each with a shard.
 
@@ -130,6 +141,20 @@ class _ReadSchemas:
                 return _to_bytes(metadata_of_tar(reader).schema), _NO_RECORD
         except ShardError:
             return None
+
+
+@dataclass(frozen=True)
+class _CountRows:
+    """Counts the rows of some shards."""
+
+    source: DatasetSource
+    task_name = "nemo-image-rows"
+
+    def __call__(self, shards: Sequence[str]) -> int:
+        return sum(each(self._rows, shards, self.source.metadata_root, self.source.storage_options))
+
+    def _rows(self, shard: str) -> int:
+        return parquet.read_summary(self.source.parquet_url(shard), self.source.storage_options).rows
 
 
 @dataclass(frozen=True)

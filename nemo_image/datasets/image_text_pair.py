@@ -11,7 +11,7 @@ import pandas as pd
 
 from nemo_image import schema
 from nemo_image.datasets import columns as columns_
-from nemo_image.datasets import export, opening, save
+from nemo_image.datasets import export, footers, opening, partitions, save
 from nemo_image.datasets.discover import discover
 from nemo_image.datasets.lineage import Lineage
 from nemo_image.datasets.quarantine import read_quarantine
@@ -20,7 +20,6 @@ from nemo_image.datasets.show import Gallery
 from nemo_image.datasets.source import DatasetSource, OnMismatch
 from nemo_image.datasets.state import DatasetState
 from nemo_image.errors import ArgumentError, MissingColumnError, ShardError
-from nemo_image.shards import parquet
 
 logger = logging.getLogger("nemo_image")
 
@@ -190,9 +189,8 @@ class ImageTextPairDataset:
     def __len__(self) -> int:
         """Count the rows, from the files' footers where no filter was assigned."""
         if not self.lineage.touched and self._source.on_mismatch != "drop" and not self._source.built_from_tars:
-            options = self._source.storage_options
-            return sum(parquet.read_summary(self._source.parquet_url(shard), options).rows for shard in self._shards)
-        return len(self._counting_frame)
+            return footers.count_rows(self._source, self._shards)
+        return partitions.count_rows(self._counting_frame)
 
     def head(self, n: int = 5, npartitions: int = 1) -> pd.DataFrame:
         """Compute the first `n` rows (of the first `npartitions` partitions; -1 means all)."""
@@ -408,7 +406,10 @@ class ImageTextPairDataset:
         keep_ids : bool, default False
             Keep the samples' keys and ids as they are.
         shuffle_seed : int, optional
-            Shuffle the samples by this seed; by default they are in the order of (shard, offset in the tar).
+            Shuffle by this seed; by default the samples are in the order of (shard, offset in the tar). The source
+            shards, in an order drawn from the seed, are cut into groups of at most 16 (more where an output shard needs
+            more), whose samples are permuted uniformly: a uniform permutation of all, up to 16 shards. Each output
+            shard reads the shards of one or two groups.
         replace : bool, default False
             Remove the shards of an earlier export, of other rows or settings, from `path` first.
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,27 @@ from nemo_image.shards.read import ShardReader
 logger = logging.getLogger("nemo_image")
 
 
+class Here(Enum):
+    """Stands for a shard in a task that is the same for all shards: the one that is being loaded."""
+
+    HERE = "here"
+
+
+HERE = Here.HERE
+
+_loading: ContextVar[str] = ContextVar("nemo_image_loading")
+
+
+@contextmanager
+def loading(shard: str) -> Iterator[None]:
+    """Let :data:`HERE` mean a shard in a ``with`` block."""
+    token = _loading.set(shard)
+    try:
+        yield
+    finally:
+        _loading.reset(token)
+
+
 class ShardLoader:
     """Loads a shard's rows: the function behind ``dd.from_map``, one partition a shard.
 
@@ -31,8 +55,10 @@ class ShardLoader:
     def __init__(self, source: DatasetSource) -> None:
         self.source = source
 
-    def __call__(self, shard: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    def __call__(self, shard: str | Here, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """Return the rows of `shard` as a frame of Arrow columns, in the file's order."""
+        if isinstance(shard, Here):
+            shard = _loading.get()
         source = self.source
         wanted = [*source.schema.names, schema.SHARD] if columns is None else list(columns)
         table = self._table(shard, [name for name in wanted if name != schema.SHARD])
@@ -95,7 +121,8 @@ def read_rows(source: DatasetSource, shard: str, columns: Sequence[str]) -> pa.T
     if source.built_from_tars and not _exists(url, source.storage_options):
         with open_tar(source, shard) as reader:
             return _conform(metadata_of_tar(reader), source, shard, columns)
-    table = parquet.read_table(url, _present(source, url, columns), source.storage_options)
+    table, present = parquet.read_present(url, columns, source.storage_options)
+    _require_id(source, url, present)
     return _conform(table, source, shard, columns)
 
 
@@ -109,16 +136,15 @@ def _read_window(under_way: ShardPass, columns: Sequence[str]) -> pa.Table:
         table = under_way.whole("metadata", lambda: read_rows(source, shard, source.schema.names))
         return table.select(columns).slice(start, stop - start)
     # The id is read along, so that there is a column that tells the number of rows.
-    present = _present(source, url, dict.fromkeys([*columns, source.id_col]))
-    return _conform(under_way.rows(url, present).read(start, stop), source, shard, columns)
-
-
-def _present(source: DatasetSource, url: str, columns: Iterable[str]) -> list[str]:
-    """Return those of the columns that a shard's file has."""
     present = parquet.read_summary(url, source.storage_options).schema.names
+    _require_id(source, url, present)
+    read = [name for name in dict.fromkeys([*columns, source.id_col]) if name in present]
+    return _conform(under_way.rows(url, read).read(start, stop), source, shard, columns)
+
+
+def _require_id(source: DatasetSource, url: str, present: Sequence[str]) -> None:
     if source.id_col not in present:
         raise MetadataFileError(f"{url} has no column {source.id_col!r} (id_col); it has {', '.join(present)}")
-    return [name for name in columns if name in present]
 
 
 def _conform(table: pa.Table, source: DatasetSource, shard: str, columns: Sequence[str]) -> pa.Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -340,9 +341,10 @@ class IsFinished:
         return shard, self.work.finished_before(shard) is not None
 
 
-def library_versions() -> dict[str, str]:
+@functools.cache
+def library_versions() -> Mapping[str, str]:
     """Return the versions of the libraries that make results: recorded, never compared."""
-    found = {}
+    found = {}  # reading them takes longer than reading a shard's ids
     for name in RECORDED_LIBRARIES:
         try:
             found[name] = version(name)

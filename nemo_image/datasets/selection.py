@@ -18,6 +18,7 @@ from nemo_image.datasets.columns import metadata_identity, tar_identity
 from nemo_image.datasets.load import read_rows, require_unique
 from nemo_image.datasets.partitions import PartitionTask
 from nemo_image.datasets.recent import Recent
+from nemo_image.datasets.selection_file import Selection, members_of, read_selection, write_selection
 from nemo_image.datasets.shard_pass import ShardPass, open_tar
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.engine.ledger import Named, ShardRecord, accounted
@@ -61,13 +62,14 @@ class Counted(ShardRecord):
 
 
 class CountSelected:
-    """Counts a shard's rows that pass and have a sample."""
+    """Counts a shard's rows that pass and have a sample; leaves in `folder` which these are."""
 
     task_name = "nemo-image-count"
 
-    def __init__(self, source: DatasetSource, filter_column: str) -> None:
+    def __init__(self, source: DatasetSource, filter_column: str, folder: str) -> None:
         self.source = source
         self.filter_column = filter_column
+        self.folder = folder
 
     def __call__(self, item: CountItem) -> Counted:
         """Count one shard."""
@@ -85,17 +87,19 @@ class CountSelected:
                     setattr(record, one.name, getattr(before, one.name))
                 return
             found = _match(under_way, passing)
+        if len(found.selection):
+            write_selection(self.folder, item.shard, found.selection, self.source.storage_options)
         record.rows_in = found.rows_in
         # Rows that the user's own frame left out or joined before the export's filter.
         record.rows_joined = max(0, found.rows_seen - found.rows_in)
         record.rows_filtered = max(0, found.rows_in - found.rows_seen) + found.rows_seen - found.passed
-        lost = found.passed - len(found.rows)
+        lost = found.passed - len(found.selection)
         record.losses = {"without_sample": lost} if lost else {}
-        record.rows_out = record.selected = len(found.rows)
+        record.rows_out = record.selected = len(found.selection)
         record.samples = len(found.index)
         record.rows_without_sample = Named.of(found.without_sample)
         record.repeated_members = Named.of(found.index.repeated)
-        record.digest = found.digest
+        record.digest = found.selection.digest
 
 
 @dataclass
@@ -106,42 +110,33 @@ class _Passing:
     row_ids: list[Any]
     lengths: list[int]
     ids: Any
+    files_token: bytes
     digest: str
 
 
 @dataclass
-class Selected:
-    """The rows of a shard that pass and have a sample, in the order of their offset in the tar.
+class _Found:
+    """What the count of a shard found: the selection, and the account of the other rows and samples.
 
     Attributes
     ----------
-    rows, places : ndarray of int64
-        Their positions in the user's frame, and in the tar's index.
     passed, rows_seen, rows_in : int
         Rows that pass, of those of the user's frame, of those of the shard's metadata.
-    lengths : list of int
-        Rows of the user's frame in each window.
-    ids : pyarrow array or None
-        Of the shard's metadata.
     """
 
-    rows: Any
-    places: Any
+    selection: Selection
     passed: int
     rows_seen: int
     rows_in: int
-    lengths: list[int]
-    ids: Any
     without_sample: list[Any]
     index: TarIndex
-    digest: str
 
 
-_recent: Recent[Selected] = Recent(lambda found: len(found.index), 250_000)
+_recent: Recent[Selection] = Recent(len, 250_000)
 
 
-def find_again(under_way: ShardPass, rows: PartitionTask, filter_column: str, digest: str) -> Selected:
-    """Find the rows of a shard that pass, and their samples: in memory, where this process has just found them.
+def find_again(under_way: ShardPass, rows: PartitionTask, filter_column: str, digest: str, folder: str) -> Selection:
+    """Find the rows of a shard that pass, and their samples: as the count left them, if nothing has changed since.
 
     Parameters
     ----------
@@ -149,11 +144,20 @@ def find_again(under_way: ShardPass, rows: PartitionTask, filter_column: str, di
         Makes the frame of the id, the filter column, and whatever else the digest depends on.
     digest : str
         What the count said of the shard.
+    folder : str
+        Where the count left what it found.
     """
     source, shard = under_way.source, under_way.shard
     files_token = _files_token(source, shard)
+
+    def find() -> Selection:
+        left = read_selection(folder, shard, digest, source.storage_options)
+        if left is not None and left.files_token == files_token:
+            return left
+        return _match(under_way, _find_passing(under_way, rows, filter_column)).selection
+
     key = (source.tar_root, source.metadata_root, filter_column, digest, files_token, shard_pass.WINDOW_ROWS)
-    return _recent.get(key, lambda: _match(under_way, _find_passing(under_way, rows, filter_column)))
+    return _recent.get(key, find)
 
 
 def _find_passing(under_way: ShardPass, rows: PartitionTask, filter_column: str) -> _Passing:
@@ -170,11 +174,12 @@ def _find_passing(under_way: ShardPass, rows: PartitionTask, filter_column: str)
         ids += frame[source.id_col].iloc[np.flatnonzero(chosen)].tolist()
         values.add(frame.iloc[np.flatnonzero(chosen)])
     require_unique(pa.array(ids, from_pandas=True), f"the rows to export of shard {shard}")
-    digest = xxhash.xxh3_128_hexdigest(_files_token(source, shard) + repr(values).encode("utf-8", "surrogatepass"))
-    return _Passing(np.flatnonzero(np.concatenate(passed)), ids, lengths, own_ids, digest)
+    files_token = _files_token(source, shard)
+    digest = xxhash.xxh3_128_hexdigest(files_token + repr(values).encode("utf-8", "surrogatepass"))
+    return _Passing(np.flatnonzero(np.concatenate(passed)), ids, lengths, own_ids, files_token, digest)
 
 
-def _match(under_way: ShardPass, passing: _Passing) -> Selected:
+def _match(under_way: ShardPass, passing: _Passing) -> _Found:
     """Find the samples of rows that pass."""
     source, ids = under_way.source, passing.row_ids
     with open_tar(source, under_way.shard) as reader:
@@ -183,17 +188,23 @@ def _match(under_way: ShardPass, passing: _Passing) -> Selected:
     has = found >= 0
     order = np.argsort([index.samples[place].offset for place in found[has]], kind="stable")
     seen = sum(passing.lengths)
-    return Selected(
+    samples = [index.samples[place] for place in found[has][order]]
+    selection = Selection(
         rows=passing.rows[has][order],
-        places=found[has][order],
+        ids=pa.array(ids, from_pandas=True).filter(pa.array(has)).take(pa.array(order)),
+        keys=pa.array([sample.key for sample in samples], pa.string()),
+        members=members_of(samples),
+        lengths=tuple(passing.lengths),
+        files_token=passing.files_token,
+        digest=passing.digest,
+    )
+    return _Found(
+        selection=selection,
         passed=len(ids),
         rows_seen=seen,
         rows_in=seen if passing.ids is None else len(passing.ids),
-        lengths=passing.lengths,
-        ids=passing.ids,
         without_sample=[ids[row] for row in np.flatnonzero(~has)],
         index=index,
-        digest=passing.digest,
     )
 
 

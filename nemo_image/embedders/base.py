@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -321,9 +321,3 @@ def _ids_of(metadata: Any, id_col: str, who: str) -> list[Any]:
 def _may_add(dataset: ImageTextPairDataset, name: str) -> bool:
     """Columns of the sizes' names that came with the data stay as they are; our own are made anew."""
     return name not in dataset.metadata.columns or name in dataset.provenance
-
-
-def batches(rows: npt.NDArray[np.int64], size: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Cut `rows` into batches of `size`: a function of the rows alone, so that results repeat to the last bit."""
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]

@@ -20,7 +20,8 @@ from nemo_image.datasets.shard_pass import open_tar
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.embedders import timm_models
 from nemo_image.embedders.autocast import candidate_dtype, probe_dtype
-from nemo_image.embedders.base import ImageEmbedder, ShardEmbeddings, batches, finished
+from nemo_image.embedders.base import ImageEmbedder, ShardEmbeddings, finished
+from nemo_image.embedders.pictures import prepared_batches
 from nemo_image.embedders.preprocess import (
     GuardedPreprocessor,
     IsolatedPreprocessor,
@@ -34,7 +35,6 @@ from nemo_image.embedders.preprocess import (
 from nemo_image.engine import threads
 from nemo_image.engine.in_order import map_in_order
 from nemo_image.engine.model_cache import ModelSpec, get_model
-from nemo_image.engine.prefetch import prefetch
 from nemo_image.errors import ArgumentError, WeightsError
 from nemo_image.shards.read import ShardReader
 
@@ -43,8 +43,8 @@ logger = logging.getLogger("nemo_image")
 AUTO_BATCH_SIZE = {"cpu": 32, "cuda": 256}
 PROBED_IMAGES = 64
 
-_Prepared = tuple[npt.NDArray[np.int64], PreprocessedBatch]
-_Embedded = tuple[npt.NDArray[np.int64], PreprocessedBatch, npt.NDArray[Any] | None]
+_Prepared = tuple[range, PreprocessedBatch]
+_Embedded = tuple[range, PreprocessedBatch, npt.NDArray[Any] | None]
 
 Decoder = Literal["auto", "torchvision", "dali", "pillow"]
 
@@ -187,11 +187,11 @@ class TimmImageEmbedder(ImageEmbedder):
         """
         prepare = self.preprocessor("cpu", self.num_threads_per_worker)
         with ShardReader(tar_path, use_index_file=self.use_index_files) as reader:
-            samples = [sample for sample in reader.index.samples if sample.image is not None]
-            for rows in batches(np.arange(len(samples)), self.batch_of("cpu")):
-                blobs = list(reader.read_many([samples[row].image for row in rows]))
-                batch = prepare(blobs)
-                yield normalized(prepare, batch, "cpu"), [{"key": samples[rows[place]].key} for place in batch.rows]
+            found = [(sample.key, sample.image) for sample in reader.index.samples if sample.image is not None]
+            images = [image for _, image in found]
+            with contextlib.closing(prepared_batches(reader, images, prepare, self.batch_of("cpu"))) as ready:
+                for places, batch in ready:
+                    yield normalized(prepare, batch, "cpu"), [{"key": found[places[row]][0]} for row in batch.rows]
 
     def preprocessor(self, device: str, num_threads: int) -> Preprocessor:
         """Return what turns bytes into the model's input."""
@@ -320,9 +320,12 @@ class PreparedTimmEmbedder(TimmImageEmbedder):
             decode_threads = max(1, min(self.num_threads_per_worker, threads.task_share()))
             with contextlib.ExitStack() as stack:
                 prepare = GuardedPreprocessor(self.preprocessor(self.device, decode_threads))
-                ready = stack.enter_context(contextlib.closing(prefetch(self._prepared(prepare, reader, images, rows))))
-                stack.enter_context(prepare)  # closed first: the thread may be waiting for a decoder
-                for batch_rows, batch, made in self._embedded(prepare, ready):
+                members = [images[row] for row in rows.tolist()]
+                ready = prepared_batches(reader, members, prepare, self.batch_of(self.device))
+                stack.enter_context(contextlib.closing(ready))
+                stack.enter_context(prepare)  # closed first: a thread may be waiting for a decoder
+                for cut, batch, made in self._embedded(prepare, ready):
+                    batch_rows = rows[cut.start : cut.stop]
                     _note(found, batch_rows, batch)
                     if made is not None:
                         vectors.append(made)
@@ -334,12 +337,6 @@ class PreparedTimmEmbedder(TimmImageEmbedder):
         done.widths, done.heights = found.widths, found.heights
         return done
 
-    def _prepared(
-        self, prepare: Preprocessor, reader: ShardReader, images: Mapping[int, Any], rows: npt.NDArray[np.int64]
-    ) -> Iterator[_Prepared]:
-        for batch_rows in batches(rows, self.batch_of(self.device)):
-            yield batch_rows, prepare(list(reader.read_many([images[int(row)] for row in batch_rows])))
-
     def _embedded(self, prepare: Preprocessor, ready: Iterable[_Prepared]) -> Iterator[_Embedded]:
         """Run the model over batches; in several threads, if the task may keep several busy.
 
@@ -348,8 +345,8 @@ class PreparedTimmEmbedder(TimmImageEmbedder):
         """
 
         def one(item: _Prepared) -> _Embedded:
-            rows, batch = item
-            return rows, batch, self.embed(normalized(prepare, batch, self.device)) if batch.rows else None
+            cut, batch = item
+            return cut, batch, self.embed(normalized(prepare, batch, self.device)) if batch.rows else None
 
         workers = threads.task_share() if self.device == "cpu" else 1
         alone = partial(threads.set_own_torch_threads, 1)

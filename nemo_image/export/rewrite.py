@@ -12,7 +12,8 @@ from nemo_image.shards.keys import own_extension
 
 def renamed(name: str, new_key: str) -> str:
     """Return a member's name under a new key; the extension keeps its case."""
-    return f"{new_key}.{own_extension(name)}"
+    extension = own_extension(name) if "/" in name else name.partition(".")[2]
+    return f"{new_key}.{extension}"
 
 
 def rewritten_json(data: bytes, fields: dict[str, Any], old_key: str, new_key: str) -> bytes | None:
@@ -28,7 +29,7 @@ def rewritten_json(data: bytes, fields: dict[str, Any], old_key: str, new_key: s
         A field ``key`` that says the old key gets the new one.
     """
     try:
-        values = json.loads(data, parse_float=_float)
+        values = _DECODER.decode(data.decode(json.detect_encoding(data), "surrogatepass"))
     except (ValueError, RecursionError):
         return None
     if not isinstance(values, dict):
@@ -37,7 +38,7 @@ def rewritten_json(data: bytes, fields: dict[str, Any], old_key: str, new_key: s
         values[KEY] = new_key
     values |= fields
     try:
-        return json.dumps(values, ensure_ascii=False).encode()
+        return _ENCODER.encode(values).encode()
     except UnicodeEncodeError:  # half a surrogate pair, which only an escape can say
         return json.dumps(values).encode()
     except RecursionError:
@@ -49,3 +50,8 @@ def _float(text: str) -> float:
     if math.isinf(value):
         raise ValueError(f"{text} is too large")  # and would be written as Infinity, which is no JSON
     return value
+
+
+# json.loads and json.dumps would make one for each call that asks for anything unusual.
+_DECODER = json.JSONDecoder(parse_float=_float)
+_ENCODER = json.JSONEncoder(ensure_ascii=False)

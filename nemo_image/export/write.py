@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +13,11 @@ import pyarrow as pa
 from nemo_image import schema
 from nemo_image.engine.ledger import ShardRecord
 from nemo_image.errors import ArgumentError, DatasetError
+from nemo_image.export.copy import LargeWrites, SampleSource
 from nemo_image.export.rewrite import renamed, rewritten_json
 from nemo_image.shards import files, parquet
 from nemo_image.shards.idx_file import write_idx
-from nemo_image.shards.index import Sample
-from nemo_image.shards.read import ShardReader
+from nemo_image.shards.index import Member, Sample, TarIndex
 from nemo_image.shards.write import TarWriter
 
 logger = logging.getLogger("nemo_image")
@@ -109,12 +109,19 @@ def write_output(
     ids = [one.rows[settings.id_col].to_pylist() for one in taken]
     old_ids = [ids[part][row] for part, _, row in order]
     odd_json = 0
-    with files.atomic_writer(tar_url, settings.storage_options) as out, _Readers(settings.storage_options) as readers:
-        writer = TarWriter(out)
-        for (part, sample, _), key, old_id in zip(order, keys, old_ids, strict=True):
-            odd_json += _copy(settings, writer, readers.of(taken[part].tar_url), sample, key, old_id)
+    samples = []
+    pieces = [(taken[part].tar_url, sample) for part, sample, _ in order]
+    with files.atomic_writer(tar_url, settings.storage_options) as out, SampleSource(settings.storage_options) as tars:
+        gathered = LargeWrites(out)
+        writer = TarWriter(cast(BinaryIO, gathered))
+        for piece, contents, key, old_id in zip(pieces, tars.read(pieces), keys, old_ids, strict=True):
+            members, odd = _copy(settings, writer, tars, piece, contents, key, old_id)
+            samples.append(Sample(key, members))
+            odd_json += odd
         writer.close()
-        index = writer.index()
+        gathered.flush()
+    # As index_tar would read it: the keys differ, and so do the extensions of a sample's members.
+    index = TarIndex(tuple(samples), (), (), writer.size)
     idx_size = None
     try:
         write_idx(index, files.join(settings.root, shard + ".idx"), settings.storage_options)
@@ -173,23 +180,33 @@ def _require_harmless(names: Iterable[str]) -> None:
 
 
 def _copy(
-    settings: ExportSettings, writer: TarWriter, reader: ShardReader, sample: Sample, key: str, old_id: Any
-) -> int:
-    """Copy a sample's members under its new key; return how many JSON members could not carry it."""
+    settings: ExportSettings,
+    writer: TarWriter,
+    tars: SampleSource,
+    piece: tuple[str, Sample],
+    contents: Sequence[memoryview | None],
+    key: str,
+    old_id: Any,
+) -> tuple[tuple[Member, ...], int]:
+    """Copy a sample's members under its new key; return them, and how many JSON members could not carry it."""
     odd = 0
-    fields: dict[str, Any] = {settings.id_col: key}
-    if settings.old_id_col is not None:
-        fields[settings.old_id_col] = old_id
-    for member in sample.members:
+    written = []
+    tar_url, sample = piece
+    for member, data in zip(sample.members, contents, strict=True):
         name = member.name if settings.keep_ids else renamed(member.name, key)
         if member.extension == "json" and not settings.keep_ids:
-            data = reader.read(member)
-            changed = rewritten_json(data, fields, sample.key, key)
+            whole = b"".join([data] if data is not None else tars.chunks(tar_url, member))
+            fields: dict[str, Any] = {settings.id_col: key}
+            if settings.old_id_col is not None:
+                fields[settings.old_id_col] = old_id
+            changed = rewritten_json(whole, fields, sample.key, key)
             odd += changed is None
-            writer.add(name, data if changed is None else changed)
+            written.append(writer.add(name, whole if changed is None else changed))
+        elif data is not None:
+            written.append(writer.add(name, data))
         else:
-            writer.add_from(name, member.size, reader.read_chunks(member))
-    return odd
+            written.append(writer.add_from(name, member.size, tars.chunks(tar_url, member)))
+    return tuple(written), odd
 
 
 def _rows_of(
@@ -214,34 +231,3 @@ def _rows_of(
 def _put(rows: pa.Table, name: str, column: pa.Array) -> pa.Table:
     number = rows.schema.get_field_index(name)
     return rows.append_column(name, column) if number < 0 else rows.set_column(number, name, column)
-
-
-class _Readers:
-    """Open tars, the last few used."""
-
-    AT_MOST = 64
-
-    def __init__(self, storage_options: Mapping[str, Any]) -> None:
-        self._storage_options = dict(storage_options)
-        self._open: dict[str, ShardReader] = {}
-
-    def of(self, tar_url: str) -> ShardReader:
-        reader = self._open.pop(tar_url, None)
-        if reader is None:
-            if len(self._open) >= self.AT_MOST:
-                oldest = next(iter(self._open))
-                self._open.pop(oldest).__exit__(None, None, None)
-            reader = ShardReader(tar_url, self._storage_options).__enter__()
-        self._open[tar_url] = reader
-        return reader
-
-    def __enter__(self) -> _Readers:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for reader in self._iterate():
-            reader.__exit__(None, None, None)
-
-    def _iterate(self) -> Iterator[ShardReader]:
-        while self._open:
-            yield self._open.popitem()[1]

@@ -110,10 +110,7 @@ class DaskExecutor:
                 return
             client = self.client or current_client()
             if client is None:
-                client = get_client("cpu", n_workers=self.n_workers)
-                # A client that is closed leaves its cluster's processes alive.
-                stack.callback(client.cluster.close)
-                stack.enter_context(client)
+                client = stack.enter_context(get_client("cpu", n_workers=self.n_workers))
             stack.enter_context(client.as_current())
             yield client
 

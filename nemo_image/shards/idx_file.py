@@ -23,7 +23,8 @@ from contextlib import contextmanager
 from nemo_image.errors import ArgumentError, TarError
 from nemo_image.shards.files import StorageOptions, Url, atomic_writer
 from nemo_image.shards.headers import BLOCK, HeaderWindow, padded, read_contents
-from nemo_image.shards.index import Member, TarIndex, group_members, index_tar, unreadable
+from nemo_image.shards.index import TarIndex, group_members, index_tar, unreadable
+from nemo_image.shards.keys import own_extension
 from nemo_image.shards.sources import ByteSource, merge_ranges, open_source
 
 logger = logging.getLogger("nemo_image")
@@ -33,6 +34,7 @@ VERSION = "v1.2"
 _SIZE_LIMIT = 2**30  # bytes of an index file
 _BETWEEN_LIMIT = 2**14  # bytes between two members: headers, and members that the index file leaves out
 _RANGES_AT_ONCE = 256
+_SPACE = re.compile(r"[ \t\n\r\x0b\f]")  # what parts the words of a line of bytes
 _DIGITS = re.compile(rb"[0-9]{1,18}")
 
 Entry = tuple[str, int, int]
@@ -54,24 +56,24 @@ def write_idx(index: TarIndex, url: Url, storage_options: StorageOptions = None)
     """
     if not index.samples:
         raise ArgumentError(f"{os.fspath(url)}: an index file cannot be empty, and the tar has no samples")
-    lines = [f"{VERSION} {len(index)}".encode()]
-    for sample in index.samples:
-        words = [_words(member) for member in sample.members]
-        for member, four in zip(sample.members, words, strict=True):
-            if len(four.split()) != 4:
-                raise ArgumentError(
-                    f"{os.fspath(url)}: the index format cannot hold white space, which {member.name!r} contains: "
-                    "do without the index file, or rename the members"
-                )
-        lines.append(b" ".join(words))
+    names = [member.name for sample in index.samples for member in sample.members]
+    if _SPACE.search("/".join(names)):
+        odd = next(name for name in names if _SPACE.search(name))
+        raise ArgumentError(
+            f"{os.fspath(url)}: the index format cannot hold white space, which {odd!r} contains: "
+            "do without the index file, or rename the members"
+        )
+    lines = [f"{VERSION} {len(index)}"]
+    lines += [" ".join([_words(*member) for member in sample.members]) for sample in index.samples]
+    lines.append("")
     with atomic_writer(url, storage_options) as file:
-        file.write(b"\n".join(lines) + b"\n")
+        file.write("\n".join(lines).encode("utf-8", "surrogateescape"))
 
 
-def _words(member: Member) -> bytes:
-    base = member.name.rfind("/") + 1
-    extension = member.name[member.name.index(".", base) + 1 :]  # as the name has it: lower-cased in `member`
-    return f"{extension} {member.offset} {member.size} {member.name}".encode("utf-8", "surrogateescape")
+def _words(name: str, extension: str, offset: int, size: int) -> str:
+    # As the name has it: `extension` is in lower case.
+    own = extension if name.endswith(extension) else own_extension(name)
+    return f"{own} {offset} {size} {name}"
 
 
 def read_idx(url: Url, tar: Url | ByteSource, storage_options: StorageOptions = None) -> TarIndex:

@@ -12,7 +12,7 @@ from nemo_image.shards.headers import Contents, HeaderWindow, read_contents
 from nemo_image.shards.keys import IMAGE_EXTENSIONS, split_member_name
 from nemo_image.shards.sources import ByteSource, open_source
 
-_FEW = 16  # members of a sample; where there are more, their extensions are looked up in a table
+_FEW = 16  # members of a sample; where there are more, and others between them, they stay in a table
 
 
 class Member(NamedTuple):
@@ -142,38 +142,41 @@ def unreadable(name: str, error: OSError) -> TarError:
 def group_members(contents: Contents, size: int) -> TarIndex:
     """Group members by key into the index of a tar of `size` bytes. Takes the files out of `contents`."""
     # A tar may have millions of members: each object is made once, and freed as soon as another has taken its place.
+    # The members of a sample mostly follow each other, so that one table, of the sample at hand, is enough.
     groups: dict[str, tuple[Member, ...] | dict[str, Member]] = {}
     extensions: dict[str, str] = {}
     repeated: list[str] = []
     ignored: list[str] = []
-    contents.files.reverse()
-    while contents.files:
-        name, offset, length = contents.files.pop()
+    key_now, group = "", dict[str, Member]()
+    new = tuple.__new__  # a named tuple's own takes twice as long
+    files = contents.files
+    files.reverse()
+    while files:
+        name, offset, length = files.pop()
         parts = split_member_name(name)
         if parts is None:
             ignored.append(name)
             continue
         key, extension = parts
-        group = groups.get(key, ())
-        if isinstance(group, tuple) and len(group) == _FEW:
-            group = groups[key] = {member.extension: member for member in group}
-        if isinstance(group, dict):
-            is_known = extension in group
-        else:
-            is_known = any(member.extension == extension for member in group)
-        if is_known:
+        if key != key_now:
+            if group:
+                groups[key_now] = tuple(group.values()) if len(group) <= _FEW else group
+            earlier = groups.get(key, ())
+            group = earlier if isinstance(earlier, dict) else {member.extension: member for member in earlier}
+            key_now = key
+        if extension in group:
             repeated.append(name)
             continue
-        member = Member(name, extensions.setdefault(extension, extension), offset, length)
-        if isinstance(group, dict):
-            group[extension] = member
-        else:
-            groups[key] = (*group, member)
+        extension = extensions.setdefault(extension, extension)
+        group[extension] = new(Member, (name, extension, offset, length))
+    if group:
+        groups[key_now] = tuple(group.values())
+    is_ascii = "".join(groups).isascii()
     samples = []
     for key in list(groups):
-        group = groups.pop(key)
-        samples.append(Sample(key, tuple(group.values()) if isinstance(group, dict) else group))
-    if not all(sample.key.isascii() for sample in samples):
+        members = groups.pop(key)
+        samples.append(new(Sample, (key, tuple(members.values()) if isinstance(members, dict) else members)))
+    if not is_ascii:
         samples = _with_text_keys(samples, repeated)
     return TarIndex(tuple(samples), tuple(repeated), (*ignored, *contents.others), size, contents.has_end)
 

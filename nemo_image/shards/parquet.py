@@ -155,11 +155,28 @@ def read_table(url: str, columns: Sequence[str] | None = None, storage_options: 
         missing = [name for name in columns or () if name not in names]
         if missing:
             raise MissingColumnError(f"{url} has no column {', '.join(map(repr, missing))}; it has {', '.join(names)}")
-        if columns is None:
-            return file.read(use_threads=False)
-        if not columns:
-            return empty_table(file.metadata.num_rows)
-        return file.read(columns=list(columns), use_threads=False).select(list(columns))
+        return file.read(use_threads=False) if columns is None else _read(file, columns)
+
+
+def read_present(
+    url: str, columns: Iterable[str], storage_options: StorageOptions = None
+) -> tuple[pa.Table, Sequence[str]]:
+    """Read those of the columns that a file has; return them, and the names of all that it has.
+
+    Raises
+    ------
+    MetadataFileError
+        If the file is missing or is no Parquet.
+    """
+    with _opened(url, storage_options) as file:
+        names: Sequence[str] = file.schema_arrow.names
+        return _read(file, [name for name in columns if name in names]), names
+
+
+def _read(file: pq.ParquetFile, columns: Sequence[str]) -> pa.Table:
+    if not columns:
+        return empty_table(file.metadata.num_rows)
+    return file.read(columns=list(columns), use_threads=False).select(list(columns))
 
 
 def empty_table(rows: int) -> pa.Table:

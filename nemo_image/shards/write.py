@@ -43,7 +43,7 @@ class TarWriter:
         if kind is None:
             self.close()
 
-    def add(self, name: str, data: bytes) -> Member:
+    def add(self, name: str, data: bytes | memoryview) -> Member:
         """Write a member; return where it lies.
 
         Raises
@@ -56,7 +56,7 @@ class TarWriter:
         self._finish(member)
         return member
 
-    def add_from(self, name: str, size: int, chunks: Iterable[bytes]) -> Member:
+    def add_from(self, name: str, size: int, chunks: Iterable[bytes | memoryview]) -> Member:
         """Write a member of known size piece by piece; return where it lies.
 
         Parameters
@@ -64,7 +64,7 @@ class TarWriter:
         name : str
         size : int
             In bytes.
-        chunks : iterable of bytes
+        chunks : iterable of bytes-like pieces
 
         Raises
         ------
@@ -86,6 +86,11 @@ class TarWriter:
             )
         self._finish(member)
         return member
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._position
 
     def close(self) -> None:
         """Write the end mark. Members can no longer be added."""

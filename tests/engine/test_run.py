@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from nemo_image.engine import run
 from nemo_image.engine.run import TASKS_PER_THREAD, run_tasks
 
 
@@ -80,3 +81,89 @@ def test_a_dead_worker_is_a_record() -> None:
     assert len(results) == 5
     assert {0} <= {one for one in results if isinstance(one, int)} <= {0, 1, 2, 4}
     assert "KilledWorker" in results
+
+
+def fail_on_fifties(number: int) -> int:
+    if number % 50 == 0:
+        raise ValueError(str(number))
+    return number
+
+
+def test_failures_among_tasks_that_are_fetched_together(scheduler: Any) -> None:
+    results = list(run_tasks(fail_on_fifties, range(300), on_error=lambda item, error: f"{item} {error}", count=300))
+    failed = [f"{number} {number}" for number in range(0, 300, 50)]
+    assert sorted(map(str, results)) == sorted([*failed, *(str(number) for number in range(300) if number % 50)])
+
+
+class Exchanges:
+    """A client whose tasks are done at once; notes how many are submitted in each exchange."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def nthreads(self) -> dict[str, int]:
+        return {"worker": 2}
+
+    def map(self, function: Any, items: list[bytes], key: list[str], pure: bool) -> list[Any]:
+        self.sizes.append(len(items))
+        return [Done(function, item) for item in items]
+
+    def gather(self, futures: list[Any]) -> list[Any]:
+        return [future.made for future in futures]
+
+
+class Done:
+    def __init__(self, function: Any, item: bytes) -> None:
+        self.made = function(item)
+
+    def cancel(self) -> None:
+        raise AssertionError("all are done")
+
+    def done(self) -> bool:
+        return True
+
+    def cancelled(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(("seconds", "largest"), [(0.001, 2000), (60.0, 6)])
+def test_exchanges_grow_where_tasks_are_short(monkeypatch: pytest.MonkeyPatch, seconds: float, largest: int) -> None:
+    client, now = Exchanges(), [0.0]
+
+    def clock() -> float:
+        return now[0]
+
+    def doubled(number: int) -> int:
+        now[0] += seconds
+        return 2 * number
+
+    # The function travels as bytes, which would copy the clock.
+    monkeypatch.setattr(run.cloudpickle, "dumps", lambda value: b"doubled")
+    monkeypatch.setattr(run.pickle, "loads", lambda value: doubled)
+    monkeypatch.setattr(run.time, "monotonic", clock)
+    monkeypatch.setattr(run.time, "sleep", lambda _: None)
+    results = list(run_tasks(doubled, range(9000), on_error=lambda *_: -1, count=9000, client=client))
+    assert results == [2 * number for number in range(9000)]
+    assert max(client.sizes) == largest  # the tasks of two seconds, and three a thread at least
+
+
+class Holds:
+    """An item with bytes that others have too."""
+
+    def __init__(self, number: int, text: run.Shared) -> None:
+        self.number = number
+        self.text = text
+
+
+def number_and_length(item: Holds) -> tuple[int, int]:
+    return item.number, len(item.text)
+
+
+def test_shared_bytes_arrive_and_are_sent_once(scheduler: Any) -> None:
+    text, other = run.Shared(b"x" * 5000), run.Shared(b"y" * 6000)
+    items = [Holds(number, other if number % 3 else text) for number in range(20)]
+    results = list(run_tasks(number_and_length, items, on_error=lambda *error: error, count=20))
+    assert sorted(results) == [(number, 6000 if number % 3 else 5000) for number in range(20)]
+    shared: list[run.Shared] = []
+    assert all(len(run._dumps(item, shared)) < 500 for item in items)
+    assert shared == [text, other]

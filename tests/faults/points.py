@@ -200,10 +200,11 @@ def _watch_row_groups(trap: Trap) -> None:
 
 
 def _watch_pictures(trap: Trap) -> None:
-    from PIL import Image
     from torch.nn.modules.module import register_module_forward_pre_hook
 
-    plain = Image.open
+    from nemo_image.shards import decode
+
+    plain = decode._bare_header
 
     def watched(*args: Any, **options: Any) -> Any:
         trap.pass_by("decode")
@@ -213,5 +214,5 @@ def _watch_pictures(trap: Trap) -> None:
         if type(module).__name__ == MODEL_CLASS:
             trap.pass_by("forward")
 
-    Image.open = watched
+    decode._bare_header = watched
     register_module_forward_pre_hook(forward)

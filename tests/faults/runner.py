@@ -153,8 +153,10 @@ def do(job: Job) -> None:
 def cut_small(rows: int) -> None:
     """Have small row groups, and windows of as many rows."""
     from nemo_image.datasets import shard_pass
+    from nemo_image.export import copy
     from nemo_image.shards import parquet
 
+    copy.WINDOW = 512  # bytes: several writes to each tar
     shard_pass.WINDOW_ROWS = parquet.ROW_GROUP_ROWS = rows
 
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from nemo_image.errors import ArgumentError, ImageError
 from nemo_image.shards import decode
 from nemo_image.shards.decode import MAX_PIXELS, decode_pillow, decode_rgb, read_header
+from nemo_image.shards.jpeg import scan_jpeg
 from tests.images import STORED, UPRIGHT, chunk, mutants, photograph, png
 from tests.makers import encoded, picture
 
@@ -305,7 +306,7 @@ def test_whatever_a_decoder_raises_is_a_reason(
         raise error
 
     monkeypatch.setattr(Image, "open", fail)
-    reason = reason_of(encoded(picture(1)))
+    reason = reason_of(encoded(picture(1), "PNG"))
     assert reason.startswith(f"{category}: ")
     assert "0x" not in reason  # an address would differ from run to run
     assert not reason.endswith(": ")
@@ -317,7 +318,7 @@ def test_an_interrupt_is_not_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Image, "open", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        decode_rgb(encoded(picture(1)))
+        decode_rgb(encoded(picture(1), "PNG"))
 
 
 def test_an_unknown_decoder_is_the_callers_mistake() -> None:
@@ -343,6 +344,45 @@ def test_mutants_end_as_a_picture_or_a_reason(kind: str) -> None:
         assert torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
         ends["reason" if isinstance(first, str) else "picture"] += 1
     assert min(ends.values()) > 0
+
+
+def test_headers_read_without_pillow_say_what_pillow_says() -> None:
+    rng = np.random.default_rng(5)
+    kinds = [{}, {"progressive": True}, {"icc_profile": b"profile" * 40}, {"comment": b"text"}, {"optimize": True}]
+    files = [encoded(picture(4), "JPEG", **kind) for kind in kinds] + [encoded(picture(4).convert("L"), "JPEG")]
+    bare = 0
+    for data in files:
+        start = scan_jpeg(data).start
+        for _ in range(400):
+            mutant = bytearray(data)
+            for place in rng.integers(2, start, rng.integers(0, 3)):
+                mutant[place] = rng.integers(0, 256)
+            header = decode._bare_header(bytes(mutant), MAX_PIXELS)
+            if header is None:
+                continue
+            bare += 1
+            try:
+                _, by_pillow = decode._open(bytes(mutant), MAX_PIXELS)
+            except Exception:
+                assert reason_of(bytes(mutant)) == reason_of(bytes(mutant), "pillow")
+            else:
+                assert header == by_pillow
+    assert bare > 400
+
+
+@pytest.mark.parametrize("segment", [b"\xff\xe1\x00\x08Exif\0\0", b"\xff\xe2\x00\x06MPF\0", b"\xff\xe0\x00\x07JFIF\0"])
+def test_segments_that_pillow_looks_into_are_left_to_it(segment: bytes) -> None:
+    data = encoded(picture(4), "JPEG")
+    assert decode._bare_header(data, MAX_PIXELS) is not None
+    assert decode._bare_header(data[:2] + segment + data[2:], MAX_PIXELS) is None
+
+
+def test_large_pictures_are_judged_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(picture(4, 40, 30), "JPEG")
+    assert decode._bare_header(data, 1200) is not None
+    assert decode._bare_header(data, 1199) is None
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1199)
+    assert decode._bare_header(data, 1200) is None
 
 
 def test_odd_files(shared: Path) -> None:

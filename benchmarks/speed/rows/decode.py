@@ -1,0 +1,23 @@
+"""Tars to batches of a model's input, on the CPU."""
+
+from benchmarks.speed.material import Material
+from benchmarks.speed.race import Contender, Rival, Row
+
+
+def row(material: Material) -> Row:
+    """Return the row."""
+    given = {"tars": str(material.tars(736, 4)), "cores": material.cores}
+    return Row(
+        name="decode",
+        what="tars to decoded, preprocessed 224 × 224 batches, CPU",
+        unit="images",
+        contenders=[
+            Contender("ours", "pictures.py:ours", given),
+            Contender("webdataset and Pillow transforms", "pictures.py:webdataset", given, environment="webdataset"),
+            Contender("decoding alone", "pictures.py:decoding_alone", given),
+            Contender("ours, DALI's CPU operators", "pictures.py:ours", {**given, "decoder": "dali"}),
+            Contender("ours, Pillow alone", "pictures.py:ours", {**given, "decoder": "pillow"}),
+        ],
+        targets=[Rival("webdataset and Pillow transforms", at_least=2.0), Rival("decoding alone", at_least=0.85)],
+        floor="decoding alone",
+    )
