@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 
 from nemo_image.embedders.preprocess import PreprocessedBatch, Preprocessor
 from nemo_image.engine.in_order import map_in_order
@@ -14,7 +15,7 @@ BATCHES_AT_ONCE = 2
 
 
 def prepared_batches(
-    reader: ShardReader, members: Sequence[Member], prepare: Preprocessor, size: int
+    reader: ShardReader, members: Sequence[Member], prepare: Preprocessor, size: int, *, pin: bool = False
 ) -> Generator[tuple[range, PreprocessedBatch], None, None]:
     """Yield batches of pictures, ready for a model, in order.
 
@@ -29,6 +30,8 @@ def prepared_batches(
     prepare : Preprocessor
     size : int
         Pictures in a batch.
+    pin : bool
+        Put pixels that are not on a GPU yet into pinned memory, from which they are copied to it in the background.
 
     Yields
     ------
@@ -38,7 +41,10 @@ def prepared_batches(
     """
 
     def one(places: range) -> tuple[range, PreprocessedBatch]:
-        return places, prepare(list(reader.read_many(members[places.start : places.stop])))
+        batch = prepare(list(reader.read_many(members[places.start : places.stop])))
+        if pin and not batch.pixels.is_cuda:
+            batch = replace(batch, pixels=batch.pixels.pin_memory())
+        return places, batch
 
     starts = range(0, len(members), size)
     cuts = (range(start, min(start + size, len(members))) for start in starts)

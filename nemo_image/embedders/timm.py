@@ -21,6 +21,7 @@ from nemo_image.datasets.source import DatasetSource
 from nemo_image.embedders import timm_models
 from nemo_image.embedders.autocast import candidate_dtype, probe_dtype
 from nemo_image.embedders.base import ImageEmbedder, ShardEmbeddings, finished
+from nemo_image.embedders.forward import embed, forward, on_device, ready_to_run, require_compiler
 from nemo_image.embedders.pictures import prepared_batches
 from nemo_image.embedders.preprocess import (
     GuardedPreprocessor,
@@ -28,7 +29,6 @@ from nemo_image.embedders.preprocess import (
     PreprocessedBatch,
     Preprocessor,
     make_preprocessor,
-    normalize,
     spec_from_transform,
     start_ahead,
 )
@@ -81,6 +81,12 @@ class TimmImageEmbedder(ImageEmbedder):
         The precision in which embeddings are kept.
     decoder : {"auto", "torchvision", "dali", "pillow"}
         What decodes and resizes: torchvision on the CPU and DALI on a GPU by default. All agree to a cosine of 0.999.
+    compile_model : bool, default False
+        Run the model through ``torch.compile``, which needs a C++ compiler, and up to a minute at each process's start.
+    reduced_decode : bool, default False
+        Decode a JPEG at a half, a quarter or an eighth of its size where that is still twice as large as what it is
+        resized to. Faster for pictures of 1000 pixels and more; embeddings agree less well with the reference
+        transform's (``docs/performance.md`` has figures). Only with torchvision's decoder.
     """
 
     adds_sizes = True
@@ -100,6 +106,8 @@ class TimmImageEmbedder(ImageEmbedder):
         use_index_files: bool = False,
         embedding_dtype: str = "float32",
         decoder: Decoder = "auto",
+        compile_model: bool = False,
+        reduced_decode: bool = False,
     ) -> None:
         super().__init__(
             model_name,
@@ -115,6 +123,8 @@ class TimmImageEmbedder(ImageEmbedder):
         self.autocast = autocast
         self.use_index_files = use_index_files
         self.decoder = decoder
+        self.compile_model = compile_model
+        self.reduced_decode = reduced_decode
 
     # On the client ---------------------------------------------------------------------------------------------------
 
@@ -152,8 +162,13 @@ class TimmImageEmbedder(ImageEmbedder):
                 self.model_name,
             )
         size, transform = timm_models.describe(self.model_name)
-        prepared = PreparedTimmEmbedder(self, identity, size, _transform_record(transform), "float32", device)
-        prepared.model(loaded=model)
+        preprocessing = _transform_record(transform)
+        if self.reduced_decode:
+            preprocessing["reduced_decode"] = True  # other embeddings: not what earlier rows were made with
+        prepared = PreparedTimmEmbedder(self, identity, size, preprocessing, "float32", device)
+        network = prepared.model(loaded=model)
+        if self.compile_model:
+            require_compiler(network, (self.batch_of(device), *timm_models.input_size(model)), device)
         return prepared
 
     def _check_arguments(self) -> None:
@@ -172,9 +187,9 @@ class TimmImageEmbedder(ImageEmbedder):
 
     def load_embedding_model(self, device: str) -> Callable[[Any], Any]:
         """Return the timm model on `device`: normalised pixels (n, 3, height, width) to embeddings (n, size)."""
-        model = timm_models.create_model(self.model_name, self.pretrained, self.weights).to(device)
-        forward: Callable[[Any], Any] = model
-        return forward
+        model = timm_models.create_model(self.model_name, self.pretrained, self.weights)
+        network: Callable[[Any], Any] = ready_to_run(model, device, compiled=self.compile_model)
+        return network
 
     def load_dataset_shard(self, tar_path: str) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
         """Yield the pictures of a tar, decoded and prepared for the model, with their keys.
@@ -191,7 +206,7 @@ class TimmImageEmbedder(ImageEmbedder):
             images = [image for _, image in found]
             with contextlib.closing(prepared_batches(reader, images, prepare, self.batch_of("cpu"))) as ready:
                 for places, batch in ready:
-                    yield normalized(prepare, batch, "cpu"), [{"key": found[places[row]][0]} for row in batch.rows]
+                    yield on_device(prepare, batch, "cpu"), [{"key": found[places[row]][0]} for row in batch.rows]
 
     def preprocessor(self, device: str, num_threads: int) -> Preprocessor:
         """Return what turns bytes into the model's input."""
@@ -199,7 +214,9 @@ class TimmImageEmbedder(ImageEmbedder):
         decoder = self.decoder
         if decoder == "auto":
             decoder = "torchvision" if device == "cpu" else "dali"
-        return make_preprocessor(transform, decoder=decoder, device=device, num_threads=num_threads)
+        return make_preprocessor(
+            transform, decoder=decoder, device=device, num_threads=num_threads, reduced_decode=self.reduced_decode
+        )
 
     def batch_of(self, device: str) -> int:
         """Return the number of images at once on a device."""
@@ -256,17 +273,21 @@ class PreparedTimmEmbedder(TimmImageEmbedder):
         WeightsError
             If the weights on this machine are not those that the client saw.
         """
+        kind = "timm, compiled" if self.compile_model else "timm"
         spec = ModelSpec(
-            kind="timm", name=self.model_name, weights_sha256=self.identity, dtype="float32", device=self.device
+            kind=kind, name=self.model_name, weights_sha256=self.identity, dtype="float32", device=self.device
         )
-        return get_model(spec, lambda: self._load() if loaded is None else loaded.to(self.device))
+        return get_model(spec, lambda: self._ready(self._load() if loaded is None else loaded))
+
+    def _ready(self, model: Any) -> Any:
+        return ready_to_run(model, self.device, compiled=self.compile_model)
 
     def _load(self) -> Any:
         model, found = timm_models.identified_model(self.model_name, self.pretrained, self.weights)
         if found != self.identity:
             source = self.weights or f"the hub's copy of {self.model_name}"
             raise WeightsError(f"{source} on this machine has SHA-256 {found}, the client's has {self.identity}")
-        return model.to(self.device)
+        return model
 
     def settled_as(self, made_by: Mapping[str, Any]) -> PreparedTimmEmbedder | None:
         """Return the embedder of an earlier run, whose probe chose another number type."""
@@ -303,7 +324,7 @@ class PreparedTimmEmbedder(TimmImageEmbedder):
                     images = [one.image for one in reader.index.samples if one.image is not None][:PROBED_IMAGES]
                     batch = prepare(list(reader.read_many(images)))
                 if batch.rows:
-                    return normalized(prepare, batch, self.device)
+                    return on_device(prepare, batch, self.device)
         return torch.empty(0)
 
     # In a task -------------------------------------------------------------------------------------------------------
@@ -321,7 +342,8 @@ class PreparedTimmEmbedder(TimmImageEmbedder):
             with contextlib.ExitStack() as stack:
                 prepare = GuardedPreprocessor(self.preprocessor(self.device, decode_threads))
                 members = [images[row] for row in rows.tolist()]
-                ready = prepared_batches(reader, members, prepare, self.batch_of(self.device))
+                pin = self.device != "cpu"
+                ready = prepared_batches(reader, members, prepare, self.batch_of(self.device), pin=pin)
                 stack.enter_context(contextlib.closing(ready))
                 stack.enter_context(prepare)  # closed first: a thread may be waiting for a decoder
                 for cut, batch, made in self._embedded(prepare, ready):
@@ -346,7 +368,7 @@ class PreparedTimmEmbedder(TimmImageEmbedder):
 
         def one(item: _Prepared) -> _Embedded:
             cut, batch = item
-            return cut, batch, self.embed(normalized(prepare, batch, self.device)) if batch.rows else None
+            return cut, batch, self.embed(on_device(prepare, batch, self.device)) if batch.rows else None
 
         workers = threads.task_share() if self.device == "cpu" else 1
         alone = partial(threads.set_own_torch_threads, 1)
@@ -355,37 +377,15 @@ class PreparedTimmEmbedder(TimmImageEmbedder):
 
     def embed(self, pixels: Any) -> npt.NDArray[Any]:
         """Run the model on normalised pixels; a batch that does not fit the GPU's memory is halved and tried again."""
-        import torch
-
-        try:
-            result: npt.NDArray[Any] = self._forward_as(pixels, self.dtype).cpu().numpy()
-        except torch.cuda.OutOfMemoryError:
-            if len(pixels) == 1:
-                raise
-            torch.cuda.empty_cache()
-            half = len(pixels) // 2
-            logger.warning("out of GPU memory with %d images at once: trying %d", len(pixels), half)
-            return np.concatenate([self.embed(pixels[:half]), self.embed(pixels[half:])])
-        return result
+        return embed(partial(self._forward_as, dtype=self.dtype), pixels)
 
     def _forward_as(self, pixels: Any, dtype: str) -> Any:
-        import torch
-
-        model = self.model()
-        kind = self.device.split(":")[0]
-        with torch.inference_mode(), torch.autocast(kind, getattr(torch, dtype), enabled=dtype != "float32"):
-            return model(pixels).float()
+        return forward(self.model(), pixels, dtype, self.device)
 
 
 def _transform_record(transform: Any) -> dict[str, Any]:
     spec = spec_from_transform(transform)
     return {"transform": repr(transform)} if spec is None else dict(spec.to_dict())
-
-
-def normalized(prepare: Preprocessor, batch: PreprocessedBatch, device: str) -> Any:
-    """Return a batch as the model takes it, on its device."""
-    pixels = batch.pixels.to(device)
-    return pixels if batch.normalized or prepare.spec is None else normalize(pixels, prepare.spec)
 
 
 def _note(found: ShardEmbeddings, rows: npt.NDArray[np.int64], batch: PreprocessedBatch) -> None:

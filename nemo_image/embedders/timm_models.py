@@ -160,6 +160,12 @@ def evaluation_transform(model: Any) -> Any:
     return timm.data.create_transform(**config, is_training=False)
 
 
+def input_size(model: Any) -> tuple[int, int, int]:
+    """Return the channels, height and width of a model's input."""
+    channels, height, width = import_timm().data.resolve_model_data_config(model)["input_size"]
+    return channels, height, width
+
+
 @functools.lru_cache(maxsize=32)
 def describe(name: str) -> tuple[int, Any]:
     """Return a model's embedding size in numbers and its evaluation transform, without its weights."""

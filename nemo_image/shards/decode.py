@@ -12,6 +12,7 @@ Whatever goes wrong inside a picture is an `ImageError`; `nemo_image.shards.fail
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -124,7 +125,11 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
 
 
 def decode_rgb(
-    data: bytes, *, decoder: Decoder = "torchvision", max_pixels: int = MAX_PIXELS
+    data: bytes,
+    *,
+    decoder: Decoder = "torchvision",
+    max_pixels: int = MAX_PIXELS,
+    smallest: Callable[[ImageHeader], tuple[int, int]] | None = None,
 ) -> tuple[ImageHeader, torch.Tensor]:
     """Decode a picture to upright 8-bit RGB: the first frame, alpha over white.
 
@@ -136,10 +141,14 @@ def decode_rgb(
         What decodes JPEG. Both give the same pixels.
     max_pixels : int
         Largest width times height; see `read_header`.
+    smallest : callable, optional
+        From a header to a width and height in pixels. A JPEG is then decoded at 1/2, 1/4 or 1/8 of its size where the
+        stored picture is still as large as that, by libjpeg's scaled inverse DCT (Pillow's: torchvision has none).
 
     Returns
     -------
     header : ImageHeader
+        Of the picture at its full size.
     pixels : torch.Tensor
         uint8 [3, height, width] of the upright picture, with the strides of a channels-last picture.
 
@@ -157,6 +166,8 @@ def decode_rgb(
     native = _torchvision_decode_jpeg() if decoder == "torchvision" else None
     with as_image_errors(data):
         data = bytes(data)
+        if smallest is not None and (reduced := _decode_reduced(data, max_pixels, smallest)) is not None:
+            return reduced
         if native is not None:
             bare = _bare_header(data, max_pixels)
             if bare is not None and (pixels := _decode_native(native, data, bare)) is not None:
@@ -167,6 +178,19 @@ def decode_rgb(
             if pixels is not None:
                 return header, upright(pixels, header.orientation)
         return header, _to_tensor(_load(image, data))
+
+
+def _decode_reduced(
+    data: bytes, max_pixels: int, smallest: Callable[[ImageHeader], tuple[int, int]]
+) -> tuple[ImageHeader, torch.Tensor] | None:
+    """Decode a JPEG at part of its size; None where it is not at least twice as large as it has to be."""
+    header = _bare_header(data, max_pixels) or _open(data, max_pixels)[1]
+    width, height = smallest(header)
+    if not header.plain_jpeg or header.width < 2 * width or header.height < 2 * height:
+        return None
+    image, _ = _open(data, max_pixels)
+    image.draft(image.mode, (width, height))
+    return header, _to_tensor(_load(image, data))
 
 
 def decode_pillow(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[ImageHeader, Image.Image]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nemo_image.embedders import autocast as autocast_module
 from nemo_image.embedders import timm as timm_module
 from nemo_image.embedders.autocast import probe_dtype
 from nemo_image.embedders.timm import PreparedTimmEmbedder
+from nemo_image.errors import ArgumentError
 from nemo_image.shards.idx_file import write_idx
 from nemo_image.shards.index import index_tar
 from tests.makers import TINY_MODEL, make_dataset
@@ -191,6 +193,46 @@ def test_other_weights_under_the_same_name_on_a_worker(tmp_path: Path) -> None:
     torch.save(timm.create_model(TINY_MODEL).state_dict(), tmp_path / "weights.pth")
     with pytest.raises(WeightsError, match="on this machine"):
         embedder.model()
+
+
+def test_reduced_pictures_make_other_embeddings(tmp_path: Path) -> None:
+    make_dataset(tmp_path, {"a": 1})
+    whole, reduced = prepared(load(tmp_path)), prepared(load(tmp_path), reduced_decode=True)
+    assert whole.fingerprint() != reduced.fingerprint()
+    assert reduced.preprocessor("cpu", 1).reduced_decode
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++)")
+def test_a_compiled_model_gives_the_same_embeddings(tmp_path: Path) -> None:
+    make_dataset(tmp_path, {"a": 3})
+    plain, compiled = prepared(load(tmp_path)), prepared(load(tmp_path), compile_model=True)
+    assert type(compiled.model()).__name__ == "OptimizedModule"
+    assert compiled.fingerprint() == plain.fingerprint()
+    pixels = torch.randn(3, 3, *plain.preprocessor("cpu", 1).spec.crop)
+    assert np.allclose(compiled.embed(pixels), plain.embed(pixels), atol=1e-4)
+
+
+def test_a_machine_without_a_compiler_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_dataset(tmp_path, {"a": 1})
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no g++")
+
+    monkeypatch.setattr(torch, "compile", lambda model: fail)
+    with pytest.raises(ArgumentError, match=r"compile_model=True: .*no g\+\+.*needs a C\+\+ compiler"):
+        prepared(load(tmp_path), compile_model=True)
+
+
+def test_models_compute_channels_last(tmp_path: Path) -> None:
+    make_dataset(tmp_path, {"a": 2})
+    embedder = prepared(load(tmp_path))
+    seen = []
+    embedder.model().register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    embedder.embed(torch.zeros(2, 3, *embedder.preprocessor("cpu", 1).spec.crop))
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    weights = [one for one in embedder.model().parameters() if one.ndim == 4]
+    assert weights
+    assert all(one.is_contiguous(memory_format=torch.channels_last) for one in weights)
 
 
 def test_the_decoder_is_no_part_of_the_fingerprint(tmp_path: Path) -> None:

@@ -77,11 +77,11 @@ def normalize(pixels: torch.Tensor, spec: PreprocessSpec, dtype: torch.dtype = t
     Returns
     -------
     torch.Tensor
-        [n, 3, height, width], contiguous.
+        [n, 3, height, width], in the memory format that the pixels came in.
     """
     mean = torch.tensor(spec.mean, device=pixels.device).view(3, 1, 1)
     std = torch.tensor(spec.std, device=pixels.device).view(3, 1, 1)
-    values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    values = pixels.to(torch.float32, memory_format=torch.preserve_format)
     return values.div_(255.0).sub_(mean).div_(std).to(dtype)
 
 

@@ -25,6 +25,7 @@ def make_preprocessor(
     device: str = "cpu",
     num_threads: int = 4,
     max_pixels: int = MAX_PIXELS,
+    reduced_decode: bool = False,
 ) -> Preprocessor:
     """Return the preprocessor that does with `decoder` what a model's evaluation transform does.
 
@@ -44,11 +45,13 @@ def make_preprocessor(
         Pictures that are decoded at the same time.
     max_pixels : int
         Largest picture, before and after it is resized.
+    reduced_decode : bool
+        See `TorchvisionPreprocessor`; of no other decoder.
 
     Raises
     ------
     ArgumentError
-        If there is no such decoder or device, or a number is not positive.
+        If there is no such decoder or device, a number is not positive, or the decoder cannot do `reduced_decode`.
     MissingDependencyError
         If DALI is asked for and not installed.
     """
@@ -61,10 +64,12 @@ def make_preprocessor(
     if decoder != "pillow" and (spec is None or spec.interpolation not in INTERPOLATIONS):
         _log.warning("decoder=%r cannot follow this transform, Pillow runs it instead: %r", decoder, transform)
         decoder = "pillow"
+    if reduced_decode and decoder != "torchvision":
+        raise ArgumentError(f"reduced_decode=True works with decoder='torchvision' alone, not with {decoder!r}")
     if decoder == "pillow" or spec is None:
         return PillowPreprocessor(transform, num_threads, max_pixels)
     if decoder == "torchvision":
-        return TorchvisionPreprocessor(spec, num_threads, max_pixels)
+        return TorchvisionPreprocessor(spec, num_threads, max_pixels, reduced_decode=reduced_decode)
     from nemo_image.embedders.preprocess.dali_path import DaliPreprocessor
 
     return DaliPreprocessor(spec, device, num_threads, max_pixels)
