@@ -36,9 +36,12 @@ def model_from_memory(
     cores: int,
     weights: str | None = None,
     one_batch_at_once: bool = False,
-    dtype: str = "float32",
+    as_built: bool = False,
 ) -> Any:
-    """The model on pictures that are ready in memory, 32 at a time: a batch a core, or all cores on one batch."""
+    """The model on pictures that are ready in memory, 32 at a time: a batch a core, or all cores on one batch.
+
+    Channels last, as our embedder runs it; or `as_built`, as timm returns it.
+    """
     import torch
 
     from nemo_image.embedders.preprocess import make_preprocessor, normalize
@@ -46,6 +49,8 @@ def model_from_memory(
     from nemo_image.shards.read import ShardReader
 
     network = create_model(model, False, weights)
+    if not as_built:
+        network = network.to(memory_format=torch.channels_last)
     prepare = make_preprocessor(describe(model)[1], num_threads=cores)
     batches = []
     for tar in sorted(glob.glob(f"{tars}/*.tar")):
@@ -53,14 +58,14 @@ def model_from_memory(
             images = [sample.image for sample in reader.index.samples]
             for start in range(0, len(images), 32):
                 ready = prepare(list(reader.read_many(images[start : start + 32])))
-                batches.append(normalize(ready.pixels, prepare.spec))
+                pixels = normalize(ready.pixels, prepare.spec)
+                batches.append(pixels.contiguous() if as_built else pixels)
     workers = 1 if one_batch_at_once else cores
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(cores // workers,))
 
     def one(pixels: Any) -> int:
-        reduced = dtype != "float32"
-        with torch.inference_mode(), torch.autocast("cpu", getattr(torch, dtype), enabled=reduced):
-            return len(network(pixels).float().numpy())
+        with torch.inference_mode():
+            return len(network(pixels).numpy())
 
     def run() -> dict[str, Any]:
         return {"count": sum(pool.map(one, batches))}

@@ -25,11 +25,10 @@ def ours(tars: str, target: str, samples_per_shard: int, shuffle_seed: int | Non
     count = sum(pq.read_metadata(path).num_rows for path in glob.glob(f"{tars}/*.parquet"))
 
     def run() -> dict[str, Any]:
-        shutil.rmtree(target, ignore_errors=True)
         done = dataset.to_webdataset(target, "keep", samples_per_shard=samples_per_shard, shuffle_seed=shuffle_seed)
         assert done.run_totals is not None
         assert done.run_totals["rows_out"] == count
-        return {"count": count}
+        return {"count": count, "after": lambda: shutil.rmtree(target)}
 
     return run
 
@@ -52,7 +51,6 @@ def webdataset_copy(tars: str, target: str, samples_per_shard: int, synced: bool
                 os.fsync(file.fileno())
 
     def run() -> dict[str, Any]:
-        shutil.rmtree(target, ignore_errors=True)
         os.makedirs(target)
         count = 0
         urls = sorted(glob.glob(f"{tars}/*.tar"))
@@ -60,11 +58,9 @@ def webdataset_copy(tars: str, target: str, samples_per_shard: int, synced: bool
         pattern = f"{target}/%05d.tar"
         with webdataset.ShardWriter(pattern, maxcount=samples_per_shard, post=sync, verbose=0) as writer:
             for sample in read.shuffle(buffer) if buffer else read:
-                writer.write(
-                    {name: value for name, value in sample.items() if name not in ("__url__", "__local_path__")}
-                )
+                writer.write({name: value for name, value in sample.items() if name not in WHENCE})
                 count += 1
-        return {"count": count}
+        return {"count": count, "after": lambda: shutil.rmtree(target)}
 
     return run
 
@@ -85,10 +81,10 @@ def copy_bytes(tars: str, target: str, samples_per_shard: int, cores: int) -> An
             os.fsync(out.fileno())
 
     def run() -> dict[str, Any]:
-        shutil.rmtree(target, ignore_errors=True)
         os.makedirs(target)
         with ThreadPoolExecutor(cores) as pool:
             list(pool.map(copy, paths))
-        return {"count": count, "bytes": sum(path.stat().st_size for path in paths)}
+        written = sum(path.stat().st_size for path in paths)
+        return {"count": count, "bytes": written, "after": lambda: shutil.rmtree(target)}
 
     return run

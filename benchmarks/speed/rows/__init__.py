@@ -3,6 +3,8 @@
 NAMES = (
     "decode",
     "embed",
+    "embed_lite0",
+    "gpu",
     "index",
     "export",
     "shuffled_export",

@@ -22,7 +22,7 @@ INTERPOLATIONS = frozenset(OPERATORS)
 """Filters that torch's antialiased uint8 resize has, in every version that we run with."""
 
 REDUCED_MARGIN = 2
-"""A reduced picture is at least so many times as large as what it is resized to: at 1, cosines fall to 0.99 and lower."""
+"""A reduced picture is at least so many times as large as what it is resized to: at 1, cosines fall below 0.99."""
 
 
 class TorchvisionPreprocessor:
@@ -37,8 +37,8 @@ class TorchvisionPreprocessor:
     max_pixels : int
         Largest picture, before and after it is resized.
     reduced_decode : bool
-        Let libjpeg decode at 1/2, 1/4 or 1/8 of the size (a scaled inverse DCT) where the picture is then still twice as
-        large as what it is resized to.
+        Let libjpeg decode at 1/2, 1/4 or 1/8 of the size (a scaled inverse DCT) where the picture is then still twice
+        as large as what it is resized to.
 
     Raises
     ------

@@ -1,0 +1,31 @@
+"""The whole job with a small model, which leaves decoding no spare core; and what number type and compiling bring."""
+
+from benchmarks.speed.material import Material
+from benchmarks.speed.race import Contender, Row
+
+MODEL = "tf_efficientnet_lite0"
+
+
+def row(material: Material) -> Row:
+    """Return the row."""
+    given = {"tars": str(material.tars(368, 4)), "model": MODEL, "weights": str(material.lite0())}
+    ours = {**given, "scratch": str(material.folder)}
+    alone = {**given, "cores": material.cores}
+    return Row(
+        name="embed_lite0",
+        what="tars to Parquet with embeddings, CPU, EfficientNet-Lite0 in float32",
+        unit="images",
+        contenders=[
+            Contender("ours", "embedding.py:ours", ours),
+            Contender("model alone, a batch a core", "embedding.py:model_from_memory", alone),
+            Contender("model alone, not channels last", "embedding.py:model_from_memory", {**alone, "as_built": True}),
+            Contender("decoding alone", "pictures.py:decoding_alone", {"tars": given["tars"], "cores": material.cores}),
+            Contender("ours, compiled", "embedding.py:ours", {**ours, "compile_model": True}),
+            Contender("ours, batches of 8", "embedding.py:ours", {**ours, "batch_size": 8}),
+            Contender("ours, batches of 128", "embedding.py:ours", {**ours, "batch_size": 128}),
+        ],
+        floor="model alone, a batch a core",
+        floor_text="Model and decoding share the cores: the seconds of both, alone, add up to the least that the "
+        "whole job can take.",
+        rounds=3,
+    )
