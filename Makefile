@@ -13,7 +13,7 @@ METADATA := setup.cfg pyproject.toml
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help demo test lint format types contract check check-extras clean distclean
+.PHONY: help demo test bench lint format types contract check check-extras check-slurm clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -23,6 +23,9 @@ demo: $(VENV)/.demo-installed ## Curate a small dataset of real photographs, fro
 
 test: $(VENV)/.test-installed ## Run the tests (PYTEST_ARGS="-k export")
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.test-installed ## Compare speeds with others', into benchmarks/results/ (BENCH_ARGS="decode --rounds 9")
+	$(BIN)/python -m benchmarks.speed $(BENCH_ARGS)
 
 lint: $(VENV)/.test-installed ## Check style and formatting
 	$(BIN)/ruff check .
@@ -43,12 +46,15 @@ check: lint types contract test ## All of these: what CI runs
 check-extras: $(VENV)/bin/uv ## Resolve every extra as published, for several Pythons (needs the package index)
 	UV=$(BIN)/uv scripts/check_extras.sh
 
+check-slurm: $(VENV)/.test-installed ## Run the Slurm scripts on a Slurm of two nodes on this machine (Debian's slurm-wlm, root)
+	PYTHON=$(abspath $(BIN)/python) scripts/check_slurm.sh
+
 clean: ## Remove what the tools and the demo left
 	rm -rf $(DEMO_DIR) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find nemo_image tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## Remove .venv as well
-	rm -rf $(VENV)
+distclean: clean ## Remove .venv and the benchmarks' material as well
+	rm -rf $(VENV) .bench
 
 # Touched last: a folder left by an interrupted call has no pip yet. The pip that Python 3.11 brings (before 23.3) takes
 # image_cpu for another extra than image-cpu, warns, and installs nothing of it.

@@ -193,6 +193,7 @@ def _connect(
 
     # A client waits as long again for a scheduler that it lost later: a short time, however long the workers take.
     usual: float = parse_timedelta(dask.config.get("distributed.comm.timeouts.connect"), default="s")
+    scheduler = dask.config.get("scheduler", None)
     while True:
         where = address if file is None else _address_in(file, deadline, timeout)
         try:
@@ -201,10 +202,22 @@ def _connect(
                 warnings.simplefilter("ignore", VersionMismatchWarning)
                 return Client(where, **{"timeout": min(usual, timeout), **kwargs})
         except (TypeError, ValueError, RuntimeError) as error:
+            _choose_scheduler(scheduler)
             raise ClusterError(_unreachable(where, file, error)) from error
         except (OSError, ImportError) as error:
+            _choose_scheduler(scheduler)
             if time.monotonic() >= deadline or isinstance(error, ImportError):
                 raise ClusterError(_unreachable(where, file, error)) from error
+
+
+def _choose_scheduler(name: Any) -> None:
+    """Have Dask compute as it did before: a client chooses itself before it fails, and stays chosen."""
+    import dask
+
+    if name is None:
+        dask.config.config.pop("scheduler", None)
+    else:
+        dask.config.set(scheduler=name)
 
 
 def _unreachable(where: Any, file: str | os.PathLike[str] | None, error: BaseException) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import dask
 import pytest
 
 import nemo_image
@@ -97,8 +98,10 @@ def test_a_scheduler_that_does_not_answer(tmp_path: Path) -> None:
 
 
 def test_an_address_of_no_protocol() -> None:
-    with pytest.raises(ClusterError, match="nosuch://"):
-        get_client(scheduler_address="nosuch://127.0.0.1:1", timeout=1)
+    with dask.config.set(scheduler="threads"):
+        with pytest.raises(ClusterError, match="nosuch://"):
+            get_client(scheduler_address="nosuch://127.0.0.1:1", timeout=1)
+        assert dask.config.get("scheduler") == "threads"  # not a client that never came to be
 
 
 def test_workers_that_do_not_come(empty: Any) -> None:

@@ -136,6 +136,7 @@ def do(job: Job) -> None:
     install(trap)
     if job.in_workers:
         _strike_in_workers(job)
+    write_often()
     if job.row_group_rows:
         cut_small(job.row_group_rows)
     with open(job.result, "a", buffering=1) as out:
@@ -150,13 +151,18 @@ def do(job: Job) -> None:
             out.write(json.dumps(_run(arguments, trap)) + "\n")
 
 
+def write_often() -> None:
+    """Have several writes to each tar, however small it is."""
+    from nemo_image.export import copy
+
+    copy.WINDOW = 512
+
+
 def cut_small(rows: int) -> None:
     """Have small row groups, and windows of as many rows."""
     from nemo_image.datasets import shard_pass
-    from nemo_image.export import copy
     from nemo_image.shards import parquet
 
-    copy.WINDOW = 512  # bytes: several writes to each tar
     shard_pass.WINDOW_ROWS = parquet.ROW_GROUP_ROWS = rows
 
 
