@@ -21,7 +21,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="rounds that count, instead of each row's own number")
     parser.add_argument("--photos", type=Path, help="a folder of JPEG photographs")
     parser.add_argument("--folder", type=Path, default=PROJECT / ".bench", help="for the material and rivals (5 GB)")
-    parser.add_argument("--results", type=Path, default=PROJECT / "benchmarks" / "results")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="a folder for speed.md and .json; benchmarks/results if all rows are run, else none",
+    )
     args = parser.parse_args()
     unknown = sorted({*args.rows} - {*NAMES})
     if unknown:
@@ -45,7 +49,10 @@ def main() -> int:
             print(f"{name}: {one}", flush=True)
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
     facts = machine.describe(pythons, environments.RIVALS)
-    print(report.write(args.results, facts, results, skipped))
+    folder = args.results or (None if args.rows else PROJECT / "benchmarks" / "results")
+    print(
+        report.as_markdown(facts, results, skipped) if folder is None else report.write(folder, facts, results, skipped)
+    )
     return int(any(not one.held for _, _, found in results for one in found))
 
 

@@ -41,6 +41,8 @@ from nemo_image.shards.read import ShardReader
 logger = logging.getLogger("nemo_image")
 
 AUTO_BATCH_SIZE = {"cpu": 32, "cuda": 256}
+CONVOLUTIONS_BATCH_SIZE = 8
+"""On the CPU: the layers of more pictures leave the caches (``docs/performance.md``)."""
 PROBED_IMAGES = 64
 
 _Prepared = tuple[range, PreprocessedBatch]
@@ -64,7 +66,7 @@ class TimmImageEmbedder(ImageEmbedder):
     weights : str or path, optional
         A local file of weights: ``.safetensors``, ``.pt`` or ``.pth``.
     batch_size : int or "auto", default "auto"
-        Images at once: 32 on the CPU, 256 on a GPU by default.
+        Images at once. By default 256 on a GPU; on the CPU 8 for convolutional networks and 32 for others.
     num_threads_per_worker : int, default 4
         Decoding threads of a task at most; the cores are shared out among the tasks of a machine.
     image_embedding_column : str, default "image_embedding"
@@ -220,7 +222,11 @@ class TimmImageEmbedder(ImageEmbedder):
 
     def batch_of(self, device: str) -> int:
         """Return the number of images at once on a device."""
-        return AUTO_BATCH_SIZE[device.split(":", maxsplit=1)[0]] if self.batch_size == "auto" else self.batch_size
+        if self.batch_size != "auto":
+            return self.batch_size
+        if device == "cpu" and timm_models.is_convolutional(self.model_name):
+            return CONVOLUTIONS_BATCH_SIZE
+        return AUTO_BATCH_SIZE[device.split(":", maxsplit=1)[0]]
 
 
 class PreparedTimmEmbedder(TimmImageEmbedder):

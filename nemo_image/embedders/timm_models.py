@@ -13,6 +13,8 @@ from nemo_image.engine.weights import load_state_dict, sha256_file
 from nemo_image.errors import MissingDependencyError, UnknownModelError, WeightsError
 
 RANDOM_SEED = 0
+PATCH_CONVOLUTIONS = 8
+"""The most that a vision transformer has: hybrids' stems are larger, and convolutional networks have dozens."""
 RANDOM_WEIGHTS = f"random weights, seed {RANDOM_SEED}"
 
 _random_lock = threading.Lock()
@@ -164,6 +166,16 @@ def input_size(model: Any) -> tuple[int, int, int]:
     """Return the channels, height and width of a model's input."""
     channels, height, width = import_timm().data.resolve_model_data_config(model)["input_size"]
     return channels, height, width
+
+
+@functools.lru_cache(maxsize=32)
+def is_convolutional(name: str) -> bool:
+    """Tell whether a model has more convolutions than the few that cut a picture into a transformer's patches."""
+    import torch
+
+    with torch.device("meta"):
+        model = import_timm().create_model(name, pretrained=False)
+    return sum(isinstance(module, torch.nn.Conv2d) for module in model.modules()) > PATCH_CONVOLUTIONS
 
 
 @functools.lru_cache(maxsize=32)

@@ -218,9 +218,25 @@ def test_a_machine_without_a_compiler_says_so(tmp_path: Path, monkeypatch: pytes
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no g++")
 
-    monkeypatch.setattr(torch, "compile", lambda model: fail)
+    monkeypatch.setattr("nemo_image.embedders.forward.forward", fail)
     with pytest.raises(ArgumentError, match=r"compile_model=True: .*no g\+\+.*needs a C\+\+ compiler"):
         prepared(load(tmp_path), compile_model=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "cpu"),
+    [
+        ("vit_base_patch32_clip_224.openai", 32),
+        ("vit_large_patch14_clip_quickgelu_224.openai", 32),
+        ("tf_efficientnet_lite0", 8),
+        ("resnet50", 8),
+        ("convnext_tiny", 8),
+    ],
+)
+def test_batches_suit_the_model(model: str, cpu: int) -> None:
+    embedder = TimmImageEmbedder(model)
+    assert [embedder.batch_of(device) for device in ("cpu", "cuda", "cuda:1")] == [cpu, 256, 256]
+    assert TimmImageEmbedder(model, batch_size=5).batch_of("cpu") == 5
 
 
 def test_models_compute_channels_last(tmp_path: Path) -> None:

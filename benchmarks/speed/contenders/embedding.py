@@ -37,8 +37,9 @@ def model_from_memory(
     weights: str | None = None,
     one_batch_at_once: bool = False,
     as_built: bool = False,
+    batch: int = 32,
 ) -> Any:
-    """The model on pictures that are ready in memory, 32 at a time: a batch a core, or all cores on one batch.
+    """The model on pictures that are ready in memory: a batch a core, or all cores on one batch.
 
     Channels last, as our embedder runs it; or `as_built`, as timm returns it.
     """
@@ -56,8 +57,8 @@ def model_from_memory(
     for tar in sorted(glob.glob(f"{tars}/*.tar")):
         with ShardReader(tar) as reader:
             images = [sample.image for sample in reader.index.samples]
-            for start in range(0, len(images), 32):
-                ready = prepare(list(reader.read_many(images[start : start + 32])))
+            for start in range(0, len(images), batch):
+                ready = prepare(list(reader.read_many(images[start : start + batch])))
                 pixels = normalize(ready.pixels, prepare.spec)
                 batches.append(pixels.contiguous() if as_built else pixels)
     workers = 1 if one_batch_at_once else cores

@@ -8,9 +8,9 @@ MODEL = "tf_efficientnet_lite0"
 
 def row(material: Material) -> Row:
     """Return the row."""
-    given = {"tars": str(material.tars(368, 4)), "model": MODEL, "weights": str(material.lite0())}
+    given = {"tars": str(material.tars(184, 4)), "model": MODEL, "weights": str(material.lite0())}
     ours = {**given, "scratch": str(material.folder)}
-    alone = {**given, "cores": material.cores}
+    alone = {**given, "cores": material.cores, "batch": 8}
     return Row(
         name="embed_lite0",
         what="tars to Parquet with embeddings, CPU, EfficientNet-Lite0 in float32",
@@ -21,8 +21,9 @@ def row(material: Material) -> Row:
             Contender("model alone, not channels last", "embedding.py:model_from_memory", {**alone, "as_built": True}),
             Contender("decoding alone", "pictures.py:decoding_alone", {"tars": given["tars"], "cores": material.cores}),
             Contender("ours, compiled", "embedding.py:ours", {**ours, "compile_model": True}),
-            Contender("ours, batches of 8", "embedding.py:ours", {**ours, "batch_size": 8}),
-            Contender("ours, batches of 128", "embedding.py:ours", {**ours, "batch_size": 128}),
+            Contender("ours, autocast", "embedding.py:ours", {**ours, "autocast": True}),
+            Contender("ours, batches of 4", "embedding.py:ours", {**ours, "batch_size": 4}),
+            Contender("ours, batches of 32", "embedding.py:ours", {**ours, "batch_size": 32}),
         ],
         floor="model alone, a batch a core",
         floor_text="Model and decoding share the cores: the seconds of both, alone, add up to the least that the "

@@ -4,7 +4,7 @@ from benchmarks.many_shards import make
 from benchmarks.speed.material import Material
 from benchmarks.speed.race import Contender, Rival, Row
 
-TASKS = 4_000
+TASKS = 10_000
 
 
 def row(material: Material) -> Row:
