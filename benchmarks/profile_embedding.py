@@ -31,7 +31,7 @@ KINDS = {
 """A sample is of the first kind of which a function stands in its stack."""
 
 JOB = """
-import itertools, sys
+import itertools, sys, time
 from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.embedders import TimmImageEmbedder
 tars, target, model, weights = sys.argv[1:5]
@@ -39,7 +39,7 @@ embedder = TimmImageEmbedder(model, weights=weights or None, autocast=False)
 embedded = embedder(ImageTextPairDataset.from_webdataset(tars))
 for number in itertools.count():
     embedded.save_metadata(f"{target}/{number}")
-    print("saved", flush=True)
+    print(time.perf_counter(), flush=True)
 """
 
 
@@ -48,18 +48,19 @@ def kind_of(stack: str) -> str:
     return next((kind for kind, names in KINDS.items() if any(name in stack for name in names)), "the rest")
 
 
-def stacks(job: list[str], project: Path, seconds: int, out: Path) -> list[str]:
-    """Run a job, and sample it for some seconds from its second turn on."""
+def profiled(job: list[str], project: Path, seconds: int, out: Path) -> tuple[list[str], float]:
+    """Run a job, and sample it for some seconds from its second turn on; return the stacks, and seconds a turn."""
     py_spy = shutil.which("py-spy") or str(Path(sys.executable).parent / "py-spy")
     environment = {"PYTHONPATH": str(project), "PATH": "/usr/bin:/bin"}
     with subprocess.Popen(job, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
-        process.stdout.readline()
+        first = float(process.stdout.readline())
         record = [py_spy, "record", "--pid", str(process.pid), "--format", "raw", "--rate", "200", "--nonblocking"]
         command = [*record, "--duration", str(seconds), "--output", str(out)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         process.kill()
-    return out.read_text().splitlines()
+        turns = [float(line) for line in process.stdout.read().split()]
+    return out.read_text().splitlines(), (turns[-1] - first) / len(turns)
 
 
 def main() -> None:
@@ -77,14 +78,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         tars = str(material.tars(args.samples, 4))
         job = [sys.executable, "-c", JOB, tars, scratch, args.model, weights]
-        lines = stacks(job, args.project.absolute(), args.seconds, Path(scratch) / "stacks")
+        lines, turn = profiled(job, args.project.absolute(), args.seconds, Path(scratch) / "stacks")
     counts: Counter[str] = Counter()
     for line in lines:
         stack, _, number = line.rpartition(" ")
         counts[kind_of(stack)] += int(number)
     total, kinds = sum(counts.values()), [*KINDS, "the rest"]
-    print(f"| model | {' | '.join(kinds)} | samples |\n|{'---|' * (len(kinds) + 2)}")
-    print(f"| {args.model} | {' | '.join(f'{counts[kind] / total:.1%}' for kind in kinds)} | {total} |")
+    print(f"| model | images/s | {' | '.join(kinds)} | samples |\n|{'---|' * (len(kinds) + 3)}")
+    shares = " | ".join(f"{counts[kind] / total:.1%}" for kind in kinds)
+    print(f"| {args.model} | {args.samples / turn:.1f} | {shares} | {total} |")
 
 
 if __name__ == "__main__":

@@ -178,7 +178,11 @@ class Runner:
             cwd=PROJECT,
             env={**os.environ, **paths, **contender.variables},
         )
-        self._answer()
+        try:
+            self._answer()
+        except RuntimeError:
+            self.close()
+            raise
 
     def run(self, *, counts: bool) -> None:
         """Have it run once."""
