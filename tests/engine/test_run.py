@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -167,3 +168,27 @@ def test_shared_bytes_arrive_and_are_sent_once(scheduler: Any) -> None:
     shared: list[run.Shared] = []
     assert all(len(run._dumps(item, shared)) < 500 for item in items)
     assert shared == [text, other]
+
+
+@pytest.mark.parametrize(
+    ("states", "said"),
+    [
+        (["paused", "paused"], ["no task can run: all workers are out of memory"]),
+        ([], ["no task can run: no worker is left"]),
+        (["paused", "running"], []),
+    ],
+)
+def test_a_run_that_stands_still_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, states: list[str], said: list[str]
+) -> None:
+    class Cluster(Exchanges):
+        def scheduler_info(self, n_workers: int) -> Any:
+            return {"workers": {str(number): {"status": state} for number, state in enumerate(states)}}
+
+    def never(futures: Any, timeout: float, return_when: str) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr("distributed.wait", never)
+    with caplog.at_level(logging.WARNING):
+        run._ClusterTasks(Cluster(), abs, "name")._wait([])
+    assert caplog.messages == said
