@@ -52,7 +52,8 @@ def profiled(job: list[str], project: Path, seconds: int, out: Path) -> tuple[li
     """Run a job, and sample it for some seconds from its second turn on; return the stacks, and seconds a turn."""
     py_spy = shutil.which("py-spy") or str(Path(sys.executable).parent / "py-spy")
     environment = {"PYTHONPATH": str(project), "PATH": "/usr/bin:/bin"}
-    with subprocess.Popen(job, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    # `python -c` imports from the folder that it runs in before all others.
+    with subprocess.Popen(job, stdout=subprocess.PIPE, text=True, env=environment, cwd=project) as process:
         assert process.stdout is not None
         first = float(process.stdout.readline())
         record = [py_spy, "record", "--pid", str(process.pid), "--format", "raw", "--rate", "200", "--nonblocking"]
