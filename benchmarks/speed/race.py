@@ -29,15 +29,12 @@ class Contender:
         Its arguments, as JSON can hold them.
     environment : str
         The environment that it runs in: ``"project"``, or one of `environments.RIVALS`.
-    variables : dict
-        Environment variables of its process.
     """
 
     name: str
     where: str
     keywords: Mapping[str, Any] = field(default_factory=dict)
     environment: str = "project"
-    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,19 +44,22 @@ class Rival:
     Attributes
     ----------
     name : str
-        The other contender's.
+        The other contender's, or whose the published `speed` is.
     at_least : float, optional
         The first one's speed over its speed.
     memory_at_most : float, optional
         The first one's memory, above what its process held before, over its.
     same : dict
         Facts that both say, and by which share of them they may differ.
+    speed : float, optional
+        Units a second that were published, or are wanted; then nobody runs beside ours.
     """
 
     name: str
     at_least: float | None = None
     memory_at_most: float | None = None
     same: Mapping[str, float] = field(default_factory=dict)
+    speed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class Runner:
             stdout=subprocess.PIPE,
             text=True,
             cwd=PROJECT,
-            env={**os.environ, **paths, **contender.variables},
+            env={**os.environ, **paths},
         )
         try:
             self._answer()
@@ -252,6 +252,10 @@ def verdicts(row: Row, measured: Mapping[str, Measured]) -> list[Verdict]:
     ours = measured[row.contenders[0].name]
     found = []
     for target in row.targets:
+        if target.speed is not None and target.at_least is not None:
+            each = [one / target.speed for one in ours.speeds]
+            found.append(Verdict(target.name, "speed", target.at_least, median(each), each))
+            continue
         theirs = measured[target.name]
         if target.at_least is not None:
             each = [one / other for one, other in zip(ours.speeds, theirs.speeds, strict=True)]

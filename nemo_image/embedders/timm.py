@@ -182,6 +182,9 @@ class TimmImageEmbedder(ImageEmbedder):
             raise ArgumentError("give weights=<a file> or pretrained=True, not both")
         if self.decoder not in ("auto", "torchvision", "dali", "pillow"):
             raise ArgumentError(f"decoder must be 'auto', 'torchvision', 'dali' or 'pillow', not {self.decoder!r}")
+        if self.reduced_decode:
+            timm_models.check_name(self.model_name)
+            self.preprocessor("cpu", self.num_threads_per_worker)  # refuses here what tasks could not do
         if self.weights is not None and not os.path.isfile(self.weights):
             raise WeightsError(f"weights={self.weights!r}: no such file")
 

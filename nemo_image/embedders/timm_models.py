@@ -169,13 +169,21 @@ def input_size(model: Any) -> tuple[int, int, int]:
 
 
 @functools.lru_cache(maxsize=32)
+def _outline(name: str) -> Any:
+    """Return a model without weights, on torch's meta device."""
+    import torch
+
+    head: dict[str, Any] = {} if keeps_head(name) else {"num_classes": 0}
+    with torch.device("meta"):
+        return import_timm().create_model(name, pretrained=False, **head).eval()
+
+
+@functools.lru_cache(maxsize=32)
 def is_convolutional(name: str) -> bool:
     """Tell whether a model has more convolutions than the few that cut a picture into a transformer's patches."""
     import torch
 
-    with torch.device("meta"):
-        model = import_timm().create_model(name, pretrained=False)
-    return sum(isinstance(module, torch.nn.Conv2d) for module in model.modules()) > PATCH_CONVOLUTIONS
+    return sum(isinstance(module, torch.nn.Conv2d) for module in _outline(name).modules()) > PATCH_CONVOLUTIONS
 
 
 @functools.lru_cache(maxsize=32)
@@ -183,13 +191,9 @@ def describe(name: str) -> tuple[int, Any]:
     """Return a model's embedding size in numbers and its evaluation transform, without its weights."""
     import torch
 
-    timm = import_timm()
-    head: dict[str, Any] = {} if keeps_head(name) else {"num_classes": 0}
-    with torch.device("meta"):
-        model = timm.create_model(name, pretrained=False, **head).eval()
-    config = timm.data.resolve_model_data_config(model)
+    model = _outline(name)
     with torch.inference_mode():
-        size = int(model(torch.empty(1, *config["input_size"], device="meta")).shape[-1])
+        size = int(model(torch.empty(1, *input_size(model), device="meta")).shape[-1])
     return size, evaluation_transform(model)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -11,12 +13,19 @@ from benchmarks.speed import report
 from benchmarks.speed.race import Contender, Measured, Rival, Row, run_row, verdicts
 from benchmarks.speed.rows import NAMES
 
-WAITS = "stages.py:published"
+COUNTS = "indexing.py:tarfile"
 
 
 def row(*targets: Rival, contenders: tuple[Contender, ...] = ()) -> Row:
-    named = contenders or (Contender("ours", WAITS), Contender("theirs", WAITS))
+    named = contenders or (Contender("ours", COUNTS), Contender("theirs", COUNTS))
     return Row("a row", "some work", "images", named, targets, floor=named[-1].name, rounds=1)
+
+
+def write_tar(path: Path, members: int) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for number in range(members):
+            tar.addfile(tarfile.TarInfo(f"{number}.txt"))
+    return path
 
 
 def measured(name: str, seconds: list[float], extra: list[float], facts: dict[str, float]) -> Measured:
@@ -41,18 +50,25 @@ def test_ratios_are_of_the_same_round() -> None:
     assert report.as_json({}, [(row(asked), found, [speed])])["rows"]["a row"]["targets"][0]["held"] is False
 
 
-def test_contenders_run_in_turn_and_must_do_the_same() -> None:
+def test_a_published_speed_is_compared_with() -> None:
+    ours = {"ours": measured("ours", [2.0, 1.0, 4.0], [0.0], {})}  # 6, 12 and 3 a second
+    (verdict,) = verdicts(row(Rival("a paper", at_least=2.0, speed=4.0)), ours)
+    assert (verdict.value, verdict.held) == (1.5, False)
+
+
+def test_contenders_run_in_turn_and_must_do_the_same(tmp_path: Path) -> None:
     pythons = {"project": sys.executable}
-    both = [Contender(name, WAITS, {"count": 3, "speed": 1e6}) for name in ("ours", "theirs")]
+    tars = {count: str(write_tar(tmp_path / f"{count}.tar", count)) for count in (3, 4)}
+    both = [Contender(name, COUNTS, {"tar": tars[3]}) for name in ("ours", "theirs")]
     found = run_row(row(contenders=tuple(both)), pythons, rounds=2)
     assert [(one.count, len(one.seconds)) for one in found.values()] == [(3, 2), (3, 2)]
-    more = Contender("more", WAITS, {"count": 4, "speed": 1e6})
+    more = Contender("more", COUNTS, {"tar": tars[4]})
     with pytest.raises(RuntimeError, match=r"'a row'.*not do the same work: \{'ours': 3, 'more': 4\}"):
         run_row(row(contenders=(both[0], more)), pythons)
 
 
 def test_a_contender_that_cannot_be_set_up_is_named() -> None:
-    lost = Contender("lost", WAITS, {"no such": "argument"})
+    lost = Contender("lost", COUNTS, {"no such": "argument"})
     with pytest.raises(RuntimeError, match="contender 'lost' ended with status 1"):
         run_row(row(contenders=(lost,)), {"project": sys.executable})
 

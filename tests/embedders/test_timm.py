@@ -202,6 +202,13 @@ def test_reduced_pictures_make_other_embeddings(tmp_path: Path) -> None:
     assert reduced.preprocessor("cpu", 1).reduced_decode
 
 
+@pytest.mark.parametrize("decoder", ["pillow", "dali"])
+def test_a_decoder_that_cannot_reduce_is_refused_before_any_task(tmp_path: Path, decoder: Any) -> None:
+    make_dataset(tmp_path, {"a": 1})
+    with pytest.raises(ArgumentError, match="reduced_decode=True works with decoder='torchvision' alone"):
+        prepared(load(tmp_path), reduced_decode=True, decoder=decoder)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++)")
 def test_a_compiled_model_gives_the_same_embeddings(tmp_path: Path) -> None:
     make_dataset(tmp_path, {"a": 3})

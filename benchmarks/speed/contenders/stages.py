@@ -1,4 +1,4 @@
-"""From tars to Parquet through the pipeline of stages, on a GPU; and speeds that others have published."""
+"""From tars to Parquet through the pipeline of stages, on a GPU."""
 
 from __future__ import annotations
 
@@ -68,14 +68,3 @@ def _rows(folder: str) -> int:
     import pyarrow.parquet as pq
 
     return sum(pq.read_metadata(path).num_rows for path in Path(folder).rglob("*.parquet"))
-
-
-def published(count: int, speed: float) -> Any:
-    """A speed that was published, or is wanted: takes as long as it says."""
-    import time
-
-    def run() -> dict[str, Any]:
-        time.sleep(count / speed)
-        return {"count": count}
-
-    return run
