@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -188,7 +189,6 @@ def _connect(
     """Return a client; try until the deadline, and look at the file anew each time: an old one may be replaced."""
     import dask
     from dask.utils import parse_timedelta
-    from distributed import Client
     from distributed.versions import VersionMismatchWarning
 
     # A client waits as long again for a scheduler that it lost later: a short time, however long the workers take.
@@ -200,7 +200,7 @@ def _connect(
             with warnings.catch_warnings():
                 # `check_versions` says it in a line.
                 warnings.simplefilter("ignore", VersionMismatchWarning)
-                return Client(where, **{"timeout": min(usual, timeout), **kwargs})
+                return _start(where, {"timeout": min(usual, timeout), **kwargs})
         except (TypeError, ValueError, RuntimeError) as error:
             _choose_scheduler(scheduler)
             raise ClusterError(_unreachable(where, file, error)) from error
@@ -208,6 +208,25 @@ def _connect(
             _choose_scheduler(scheduler)
             if time.monotonic() >= deadline or isinstance(error, ImportError):
                 raise ClusterError(_unreachable(where, file, error)) from error
+
+
+def _start(where: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Return a client; leave nothing of one that does not start.
+
+    Its thread would go on, and the garbage collector would close it at any moment: where that is while the next client
+    starts, both wait for one lock of distributed's, for ever.
+    """
+    from distributed import Client
+
+    client = Client.__new__(Client)
+    try:
+        Client.__init__(client, where, **kwargs)
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error says more
+            client.close()
+            client._loop_runner.stop()  # `close` leaves the thread of a client that closed itself
+        raise
+    return client
 
 
 def _choose_scheduler(name: Any) -> None:

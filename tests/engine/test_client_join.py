@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import threading
@@ -95,6 +96,21 @@ def test_a_scheduler_that_does_not_answer(tmp_path: Path) -> None:
     file.write_text(json.dumps({"address": "tcp://127.0.0.1:1"}))
     with pytest.raises(ClusterError, match=r"127\.0\.0\.1:1 \(named by .*scheduler\.json"):
         get_client(scheduler_file=file, timeout=1)
+
+
+def test_nothing_is_left_of_a_client_that_did_not_start(cluster: Any) -> None:
+    def loops() -> int:
+        return sum(thread.name == "IO loop" for thread in threading.enumerate())
+
+    gc.collect()
+    before = loops()
+    gc.disable()  # which would tidy up, or come at the wrong moment
+    try:
+        with pytest.raises(ClusterError, match="no scheduler answers"):
+            get_client(scheduler_address="tcp://127.0.0.1:1", timeout="1 s")
+        assert loops() == before
+    finally:
+        gc.enable()
 
 
 def test_an_address_of_no_protocol() -> None:
