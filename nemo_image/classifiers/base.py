@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from nemo_image import backend, schema
 from nemo_image.engine import threads
+from nemo_image.engine.device import worker_device
 from nemo_image.engine.model_cache import ModelSpec, get_model
 from nemo_image.engine.tokens import behaviour_token
 from nemo_image.errors import ArgumentError, EmbeddingError, ModelError
@@ -160,7 +161,7 @@ class ImageClassifier:
         # Once: a model that keeps notes on the object as it runs stays the same model.
         classifier._planned = classifier._behaviour()
         return dataset.map_columns(
-            ScorePartition(classifier),
+            ScorePartition(classifier, worker_device()),
             inputs=[self.embedding_column],
             outputs={self.pred_column: self.pred_dtype},
             fingerprints={self.pred_column: classifier.fingerprint(made_by)},

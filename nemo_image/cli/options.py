@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 
@@ -26,6 +26,14 @@ def id_option(command: F) -> F:
     )(command)
 
 
+_GPU = "nemo_image.gpu"
+
+
+def _remember_gpu(ctx: click.Context, option: click.Parameter, value: bool) -> bool:
+    ctx.meta[_GPU] = value
+    return value
+
+
 def cluster_options(command: F) -> F:
     """Add the options that choose where the work runs."""
     for option in (
@@ -33,6 +41,13 @@ def cluster_options(command: F) -> F:
             "--workers",
             type=click.IntRange(1),
             help="Start a local cluster of this many processes; with a scheduler, wait for so many.",
+        ),
+        click.option(
+            "--gpu",
+            is_flag=True,
+            expose_value=False,
+            callback=_remember_gpu,
+            help="Start a local cluster of one process a GPU; with a scheduler, make sure that its workers have GPUs.",
         ),
         click.option("--scheduler-address", help="Join a running Dask scheduler, as tcp://node1:8786."),
         click.option("--scheduler-file", type=click.Path(), help="Join the scheduler that wrote this file."),
@@ -54,10 +69,12 @@ def parse_part(ctx: click.Context, option: click.Parameter, value: str | None) -
 @contextlib.contextmanager
 def cluster(workers: int | None, scheduler_address: str | None, scheduler_file: str | None) -> Iterator[None]:
     """Work on the cluster asked for; in this process's threads where none is."""
-    if workers is None and scheduler_address is None and scheduler_file is None:
+    gpu = click.get_current_context().meta.get(_GPU, False)
+    if not gpu and workers is None and scheduler_address is None and scheduler_file is None:
         yield
         return
-    with get_client("cpu", scheduler_address=scheduler_address, scheduler_file=scheduler_file, n_workers=workers):
+    kind: Literal["cpu", "gpu"] = "gpu" if gpu else "cpu"
+    with get_client(kind, scheduler_address=scheduler_address, scheduler_file=scheduler_file, n_workers=workers):
         yield
 
 

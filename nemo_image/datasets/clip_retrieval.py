@@ -75,10 +75,11 @@ def read_clip_retrieval(
     if taken:
         raise ArgumentError(f"column {taken.pop()!r} says which row is which: give the embeddings another name")
     root, options = os.fspath(path).rstrip("/"), dataset.source.storage_options
-    ids = dataset.metadata[[schema.SHARD, dataset.id_col]]
+    ids = backend.in_pandas(dataset.metadata[[schema.SHARD, dataset.id_col]])
     folder, numbers = clip_folder.open_folder(root, columns, id_col, dataset.id_col, ids._meta, options)
     result = copy.copy(dataset)
-    result.metadata = _assign(dataset.metadata, _lazy_embeddings(folder, numbers, ids))
+    made = backend.in_kind_of(_lazy_embeddings(folder, numbers, ids), dataset.metadata)
+    result.metadata = _assign(dataset.metadata, made)
     return result
 
 

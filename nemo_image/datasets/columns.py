@@ -73,7 +73,11 @@ class ColumnFunction:
         function = settle(before) if settle is not None and before is not None else None
         if function is None:
             return None
-        changed = self.with_fingerprints({name: dict(before or {}) for name in self.fingerprints})
+        settled = before or {}
+        changed = self.with_fingerprints(
+            # Columns may say more of what made them than the first does; what it says, they all share.
+            {name: {**made, **settled} for name, made in self.fingerprints.items()}
+        )
         changed.function = function
         return changed
 
@@ -95,8 +99,11 @@ class ColumnFunction:
             retry_failed,
         )
 
-    def __call__(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Return the operator's columns for `frame`, aligned with its index."""
+    def __call__(self, frame: Any) -> Any:
+        """Return the operator's columns for a partition, aligned with its index, in its kind of frame."""
+        return backend.like(self._of(backend.to_pandas(frame)), frame)
+
+    def _of(self, frame: pd.DataFrame) -> pd.DataFrame:
         if not len(frame):
             return schema.empty_frame(self.outputs.items()).set_index(frame.index)
         # Labels repeat once partitions are joined: work by position.

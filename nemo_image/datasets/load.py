@@ -55,8 +55,8 @@ class ShardLoader:
     def __init__(self, source: DatasetSource) -> None:
         self.source = source
 
-    def __call__(self, shard: str | Here, columns: Sequence[str] | None = None) -> pd.DataFrame:
-        """Return the rows of `shard` as a frame of Arrow columns, in the file's order."""
+    def __call__(self, shard: str | Here, columns: Sequence[str] | None = None) -> Any:
+        """Return the rows of `shard` as a frame of Arrow columns (or of cuDF), in the file's order."""
         if isinstance(shard, Here):
             shard = _loading.get()
         source = self.source
@@ -68,16 +68,19 @@ class ShardLoader:
         frame = pd.DataFrame({name: backend.series_of(table[name], index) for name in table.column_names}, index=index)
         if schema.SHARD in wanted:
             frame[schema.SHARD] = schema.shard_column(shard, len(frame))
-        return frame[wanted]
+        return self._in_kind(frame[wanted])
 
-    def meta(self) -> pd.DataFrame:
+    def meta(self) -> Any:
         """Return the empty frame that stands for every partition."""
         frame = schema.empty_frame((field.name, schema.arrow_dtype(field.type)) for field in self.source.schema)
         frame[schema.SHARD] = schema.shard_meta()
-        return frame
+        return self._in_kind(frame)
+
+    def _in_kind(self, frame: pd.DataFrame) -> Any:
+        return backend.to_cudf(frame) if self.source.frames == "cudf" else frame
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
-        return ("ShardLoader", self.source.__dask_tokenize__())
+        return ("ShardLoader", self.source.__dask_tokenize__(), self.source.frames)
 
     def _table(self, shard: str, columns: list[str]) -> pa.Table:
         source = self.source

@@ -15,7 +15,7 @@ import pyarrow as pa
 from nemo_image import backend, schema
 from nemo_image.datasets import discover as discover_
 from nemo_image.datasets.load import metadata_of_tar
-from nemo_image.datasets.source import DatasetSource, OnMismatch
+from nemo_image.datasets.source import DatasetSource, Frames, OnMismatch
 from nemo_image.engine.ledger import FOLDER
 from nemo_image.errors import ArgumentError, DatasetError, MissingColumnError, ShardError
 from nemo_image.shards import files, parquet
@@ -35,6 +35,10 @@ class Opened:
     source: DatasetSource
     shards: list[str]
     provenance: Mapping[str, dict[str, Any]]
+
+    def held_in(self, frames: Frames) -> Opened:
+        """Return the same, for frames of this kind."""
+        return replace(self, source=replace(self.source, frames=frames))
 
 
 def open_webdataset(
@@ -78,7 +82,9 @@ def reopen(source: DatasetSource, shards: Sequence[str], target: str | None) -> 
         fresh = replace(source, schema=pa.schema([]), sidecars={})
         return _with_schema(fresh, list(shards), list(source.sidecars))
     manifest = read_manifest(target, source.storage_options)
-    return _open_metadata_folder(target, manifest, source.id_col, (), source.on_mismatch, dict(source.storage_options))
+    options = dict(source.storage_options)
+    opened = _open_metadata_folder(target, manifest, source.id_col, (), source.on_mismatch, options)
+    return opened.held_in(source.frames)
 
 
 def _open_metadata_folder(
@@ -296,8 +302,10 @@ def name_shards(metadata: Any, tar_files: Sequence[str], root: str) -> Any:
         )
     names = [posixpath.relpath(tar, root).removesuffix(".tar") for tar in tar_files]
     named = dd.from_map(_one_name, names, meta=schema.empty_frame([("name", schema.arrow_dtype("string"))]))
-    meta = metadata._meta.assign(**{schema.SHARD: schema.shard_meta()})
-    made = metadata.map_partitions(_add_shard, named, meta=meta, align_dataframes=False)
+    plain = backend.in_pandas(metadata)
+    meta = plain._meta.assign(**{schema.SHARD: schema.shard_meta()})
+    made = plain.map_partitions(_add_shard, named, meta=meta, align_dataframes=False)
+    made = backend.in_kind_of(made, metadata)
     # Moves nothing, but makes it one frame for Dask, which would else align filters of it by the index, in a shuffle.
     return made.repartition(npartitions=made.npartitions)
 

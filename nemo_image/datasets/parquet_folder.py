@@ -291,8 +291,9 @@ def _named(dataset: ImageTextPairDataset) -> Any:
     """Return the column of names, lazily."""
     id_col = dataset.id_col
     meta = schema.empty_frame([(id_col, schema.arrow_dtype("string"))])
-    made = dataset.metadata[[schema.SHARD, id_col]].map_partitions(RowNames(dataset.source), meta=meta)
-    return made[id_col]
+    rows = backend.in_pandas(dataset.metadata[[schema.SHARD, id_col]])
+    made = rows.map_partitions(RowNames(dataset.source), meta=meta)
+    return backend.in_kind_of(made, dataset.metadata)[id_col]
 
 
 def _as_text(ids: pa.Array) -> pa.Array:

@@ -9,7 +9,7 @@ from typing import Any
 
 import cloudpickle
 
-from nemo_image import schema
+from nemo_image import backend, schema
 from nemo_image.datasets.load import HERE, ShardLoader, loading
 from nemo_image.engine.run import Shared, run_tasks
 
@@ -113,10 +113,12 @@ class ShardTasks:
 def shard_tasks(frame: Any) -> ShardTasks | None:
     """Return a frame's partitions as tasks of one shard each, or None where it is no longer one partition a shard.
 
+    The tasks give frames of pandas, whatever the frame's own kind.
+
     A frame qualifies if Dask fuses all of it into one operation over our own loader: filters, new columns,
     ``map_partitions`` do; joins that shuffle, ``repartition``, ``persist`` and aggregates do not.
     """
-    expression = frame.optimize(fuse=True).expr
+    expression = backend.in_pandas(frame).optimize(fuse=True).expr
     if expression.dependencies():
         return None
     parts = _parts(expression)

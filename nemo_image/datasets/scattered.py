@@ -111,7 +111,7 @@ def _write_pieces(frame: Any, folder: str, source: DatasetSource) -> dict[str, l
         fields.append(pa.field(name, kind))
     meta = schema.empty_frame((name, schema.arrow_dtype(kind)) for name, kind in PIECE_META.items())
     work = WritePiece(folder, pa.schema(fields), source.storage_options)
-    written = frame.map_partitions(work, meta=meta).compute()
+    written = backend.in_pandas(frame).map_partitions(work, meta=meta).compute()
     found: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for url, shard, group in written.itertuples(index=False):
         found[str(shard)].append((str(url), int(group)))

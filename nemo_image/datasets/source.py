@@ -11,6 +11,7 @@ import pyarrow as pa
 from nemo_image.shards import files
 
 OnMismatch = Literal["null", "drop", "raise"]
+Frames = Literal["pandas", "cudf"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class DatasetSource:
         What happens to rows without a sample.
     storage_options : dict
         Passed to fsspec.
+    frames : {"pandas", "cudf"}
+        What the user's metadata is held in.
     """
 
     tar_root: str
@@ -45,6 +48,7 @@ class DatasetSource:
     sidecars: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     on_mismatch: OnMismatch = "null"
     storage_options: Mapping[str, Any] = field(default_factory=dict)
+    frames: Frames = "pandas"
 
     def tar_url(self, shard: str) -> str:
         """Return the URL of a shard's tar."""

@@ -21,6 +21,7 @@ from nemo_image.dedup.exchange.rows import Order
 from nemo_image.dedup.exchange.work import begin, remove, run_all
 from nemo_image.dedup.result import write_summary
 from nemo_image.dedup.sweep import is_eps
+from nemo_image.engine.device import worker_device
 from nemo_image.engine.run_lock import run_lock
 from nemo_image.errors import ArgumentError, DatasetError
 from nemo_image.shards import files, parquet
@@ -126,6 +127,7 @@ class SemanticClusterLevelDedup:
                 self.batched_cosine_similarity,
                 None,
                 options,
+                device=worker_device(),
             )
             run_all(
                 "compare rows",

@@ -28,6 +28,7 @@ from nemo_image.dedup.exchange.survey import state_columns
 from nemo_image.dedup.exchange.work import Work, begin, run_all
 from nemo_image.dedup.result import DedupResult, Missed, SweepPoint, without_own_result
 from nemo_image.dedup.sweep import USUAL_EPS, choose_eps, curve_text
+from nemo_image.engine.device import worker_device
 from nemo_image.engine.ledger import FOLDER
 from nemo_image.engine.run_lock import run_lock
 from nemo_image.errors import ArgumentError
@@ -181,6 +182,7 @@ class SemanticRun:
             probe,
             options,
             only,
+            worker_device(),
         )
         numbers: Sequence[int] = range(clustered.buckets)
         if only is not None:

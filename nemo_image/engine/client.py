@@ -10,12 +10,16 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from nemo_image.engine import join
+from nemo_image.engine.device import require_gpus
 from nemo_image.engine.threads import cpu_count
 from nemo_image.errors import ArgumentError, ClusterError, MissingDependencyError
 
 logger = logging.getLogger("nemo_image")
 
 RMM_POOL_SIZE = "1024M"
+BACKEND_VARIABLE = "DASK_NEMO_IMAGE__BACKEND"
+"""Environment variable from which Dask takes the configuration ``nemo-image.backend``."""
+
 GPU_EXTRA = "pip install 'nemo-image[image_cuda12]' (or [image_cuda13])"
 
 _GPU_ONLY = {
@@ -56,7 +60,8 @@ def get_client(
     Parameters
     ----------
     cluster_type : {"cpu", "gpu"}
-        A ``LocalCluster``, or a ``LocalCUDACluster`` with one process a GPU.
+        A ``LocalCluster``, whose workers leave GPUs alone, or a ``LocalCUDACluster`` with one process a GPU. When
+        joining, ``"gpu"`` makes sure that every worker has one; without it, they are used where every worker has one.
     scheduler_address : str, optional
         Join the scheduler at this address, such as ``"tcp://node1:8786"``.
     scheduler_file : str or path, optional
@@ -133,7 +138,14 @@ def get_client(
                 f"{changed[0]} is a setting of a cluster that is started here; a running one was started with its own: "
                 "give it to its scheduler and workers"
             )
-        return join.join(scheduler_address, scheduler_file, n_workers, cluster_kwargs)
+        client = join.join(scheduler_address, scheduler_file, n_workers, cluster_kwargs)
+        if cluster_type == "gpu":
+            try:
+                require_gpus(client)
+            except BaseException:
+                client.close()
+                raise
+        return client
     protocol = _protocol(protocol, nvlink_only, cluster_kwargs.get("security"))
     if cluster_type == "gpu":
         client = _start_gpu(n_workers, threads_per_worker or 1, protocol, gpu_settings, cluster_kwargs)
@@ -178,7 +190,7 @@ def _start_cpu(
     kwargs = dict(cluster_kwargs)
     # A lone worker with fewer threads than cores may use the rest for decoding and torch.
     share = max(1, cores // (n_workers or 1))
-    kwargs["env"] = {join.CPUS_PER_WORKER: str(share), **kwargs.get("env", {})}
+    kwargs["env"] = {join.CPUS_PER_WORKER: str(share), BACKEND_VARIABLE: "cpu", **kwargs.get("env", {})}
     kwargs.setdefault("dashboard_address", ":0")
     if not kwargs.get("processes", True):
         del kwargs["env"]

@@ -14,6 +14,7 @@ from typing import Any
 from nemo_image.engine import ledger
 from nemo_image.engine.attempts import Attempts
 from nemo_image.engine.client import get_client
+from nemo_image.engine.device import local_cluster_type, worker_device
 from nemo_image.engine.run import current_client, run_tasks, without_client
 from nemo_image.engine.run_lock import run_lock
 from nemo_image.errors import ArgumentError, PipelineError, RunError, TooManyFailuresError, one_line
@@ -110,7 +111,7 @@ class DaskExecutor:
                 return
             client = self.client or current_client()
             if client is None:
-                client = stack.enter_context(get_client("cpu", n_workers=self.n_workers))
+                client = stack.enter_context(get_client(local_cluster_type(), n_workers=self.n_workers))
             stack.enter_context(client.as_current())
             yield client
 
@@ -213,7 +214,7 @@ class _Run:
         wanting = [stage.name for stage in stages if stage.resources.gpus > 0]
         if not wanting:
             return False
-        found = _sees_gpu() if self.client is None else bool(self.client.submit(_sees_gpu, pure=False).result())
+        found = worker_device() == "cuda"
         if not found:
             logger.warning("no GPU on the workers: %s use the CPU", ", ".join(wanting))
         return found
@@ -295,12 +296,6 @@ class _Run:
                 failures,
             )
         return results
-
-
-def _sees_gpu() -> bool:
-    import torch
-
-    return bool(torch.cuda.is_available())
 
 
 def _dead_task(item: GroupItem, error: BaseException) -> GroupRecord:

@@ -39,14 +39,19 @@ class AssignClusters:
     centroids : Centroids
     n_probe : int
         Each row goes to its own cluster and, to be compared only, to the ``n_probe - 1`` next nearest.
+    device : str
+        Where torch looks for them.
     """
 
-    def __init__(self, column: str, centroids: Centroids, n_probe: int, buckets: int, order: Order) -> None:
+    def __init__(
+        self, column: str, centroids: Centroids, n_probe: int, buckets: int, order: Order, device: str = "cpu"
+    ) -> None:
         self.column = column
         self.centroids = centroids
         self.n_probe = n_probe
         self.buckets = buckets
         self.order = order
+        self.device = device
 
     def __call__(self, frame: pd.DataFrame, hashes: Hashes) -> Keyed:
         """Return the rows to judge, once for each of their clusters."""
@@ -54,7 +59,7 @@ class AssignClusters:
         matrix, rows, states, reasons = usable_vectors(frame, self.column, centroids.shape[1])
         matrix = matrix.reshape(-1, centroids.shape[1])
         with threads.torch_threads(threads.task_share()):
-            clusters, distance = nearest_centroids(matrix, centroids, self.n_probe)
+            clusters, distance = nearest_centroids(matrix, centroids, self.n_probe, self.device)
         own = np.repeat(np.arange(len(rows)), self.n_probe)
         columns = {
             schema.CLUSTER: pa.array(clusters.reshape(-1)),

@@ -21,6 +21,8 @@ from nemo_image.dedup.exchange.runs import MAX_BUCKETS
 from nemo_image.dedup.exchange.scatter import Scattered, ScatterGroup, make_groups, scatter
 from nemo_image.dedup.exchange.survey import ShardCount, count_rows
 from nemo_image.dedup.exchange.work import Work, read_json, run_all, write_json
+from nemo_image.engine.device import worker_device
+from nemo_image.engine.run import current_client
 from nemo_image.errors import ArgumentError, EmbeddingError
 from nemo_image.shards import files
 
@@ -184,7 +186,7 @@ def cluster(work: Work, folder: str, settings: ClusterSettings, rows_columns: Se
     found = given or _fit(folder, sample, n_clusters, fit_rows, settings, options)
     buckets = _buckets(judged, found)
     n_probe = min(settings.n_probe, n_clusters)
-    keying = AssignClusters(settings.embedding_column, found, n_probe, buckets, settings.order)
+    keying = AssignClusters(settings.embedding_column, found, n_probe, buckets, settings.order, worker_device())
     scattering = ScatterGroup(
         work.source, folder, keying, buckets, settings.id_column, settings.random_state, rows_columns
     )
@@ -265,8 +267,14 @@ def _fit(
 ) -> Centroids:
     url = files.join(folder, CENTROIDS)
     if not files.exists(url, options):
-        fitting = FitCentroids(folder, n_clusters, fit_rows, settings.max_iter, settings.random_state, options)
-        run_all("fit k-means", fitting, [sample], 1, name_of=lambda _: "k-means", rows_of=int)
+        fitting = FitCentroids(
+            folder, n_clusters, fit_rows, settings.max_iter, settings.random_state, options, worker_device()
+        )
+        client = current_client()
+        if fitting.device == "cuda" and client is not None and len(client.ncores()) > 1:
+            fitting(sample, client)  # all GPUs at once: cuML gives its own tasks to the workers
+        else:
+            run_all("fit k-means", fitting, [sample], 1, name_of=lambda _: "k-means", rows_of=int)
     return Centroids.read(url, options)
 
 

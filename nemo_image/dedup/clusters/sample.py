@@ -160,22 +160,40 @@ def unit_rows(matrix: Matrix) -> Matrix:
 
 
 class FitCentroids:
-    """Fits k-means to a sample, in one task."""
+    """Fits k-means to a sample: in one task or, on several GPUs, from the client."""
 
-    def __init__(self, folder: str, n_clusters: int, fit_rows: int, max_iter: int, seed: int, options: Any) -> None:
+    def __init__(
+        self,
+        folder: str,
+        n_clusters: int,
+        fit_rows: int,
+        max_iter: int,
+        seed: int,
+        options: Any,
+        device: str = "cpu",
+    ) -> None:
         self.folder = folder
         self.n_clusters = n_clusters
         self.fit_rows = fit_rows
         self.max_iter = max_iter
         self.seed = seed
         self.options = options
+        self.device = device
 
-    def __call__(self, urls: Sequence[str]) -> int:
-        """Write the centroids; return the number of rows that they were fitted on."""
+    def __call__(self, urls: Sequence[str], client: Any = None) -> int:
+        """Write the centroids; return the number of rows that they were fitted on.
+
+        With a `client` of GPU workers, the rows are spread over them; this process holds them too.
+        """
         _, matrix = read_sample(urls, self.fit_rows, self.options)
         with threads.torch_threads(threads.task_share()):
             centroids = fit_kmeans(
-                unit_rows(matrix), self.n_clusters, max_iter=self.max_iter, random_state=self.seed, device="cpu"
+                unit_rows(matrix),
+                self.n_clusters,
+                max_iter=self.max_iter,
+                random_state=self.seed,
+                device=self.device,
+                client=client,
             )
         write_centroids(files.join(self.folder, CENTROIDS), centroids, self.options)
         return len(matrix)
