@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+RAPIDS_EXTRA ?= image_cuda13
 BIN := $(VENV)/bin
 DEMO_DIR ?= demo
 
@@ -13,7 +14,7 @@ METADATA := setup.cfg pyproject.toml
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help demo test bench lint format types contract check check-extras check-slurm clean distclean
+.PHONY: help demo test bench lint format types contract check check-extras check-rapids check-slurm test-gpu clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -45,6 +46,14 @@ check: lint types contract test ## All of these: what CI runs
 
 check-extras: $(VENV)/bin/uv ## Resolve every extra as published, for several Pythons (needs the package index)
 	UV=$(BIN)/uv scripts/check_extras.sh
+
+check-rapids: ## Compare the calls into RAPIDS with the signatures of its release (RAPIDS_EXTRA=image_cuda12); needs no GPU
+	$(PYTHON) -m venv --clear $(VENV)-rapids
+	$(VENV)-rapids/bin/python -m pip install --disable-pip-version-check --quiet '.[$(RAPIDS_EXTRA)]'
+	$(VENV)-rapids/bin/python scripts/check_rapids.py
+
+test-gpu: ## Run the tests marked gpu, in an environment that has RAPIDS, DALI and the extra test (PYTHON=…)
+	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
 
 check-slurm: $(VENV)/.test-installed ## Run the Slurm scripts on a Slurm of two nodes on this machine (Debian's slurm-wlm, root)
 	PYTHON=$(abspath $(BIN)/python) scripts/check_slurm.sh

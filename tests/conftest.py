@@ -8,7 +8,20 @@ from typing import Any
 
 import pytest
 
+from tests.joined import joined_cluster
+
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--dask``: where the tests that do not say so themselves run."""
+    parser.addoption(
+        "--dask",
+        choices=("none", "processes", "tls"),
+        default="none",
+        help="run every test with a client: of two local processes, or joined to a scheduler of another process by its "
+        "file, through TLS",
+    )
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -35,10 +48,14 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Any]:
+def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A real cluster of two processes, started once."""
     from distributed import Client, LocalCluster
 
+    if request.config.getoption("--dask") == "tls":
+        with joined_cluster(tmp_path_factory.mktemp("cluster")) as client:
+            yield client
+        return
     # Not the default: tests without a client must not find it.
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as local,
@@ -47,11 +64,24 @@ def cluster() -> Iterator[Any]:
         yield client
 
 
+@pytest.fixture(autouse=True)
+def _client_of_the_run(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With ``--dask``, give every test a client, unless it says that it cannot use one."""
+    if request.config.getoption("--dask") == "none" or request.node.get_closest_marker("in_process"):
+        yield
+        return
+    with request.getfixturevalue("cluster").as_current():
+        yield
+
+
 @pytest.fixture(params=["no client", "two processes"])
 def scheduler(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Run a test without any client, and on a cluster of two processes."""
+    from nemo_image.engine.run import without_client
+
     if request.param == "no client":
-        yield None
+        with without_client():
+            yield None
         return
     client = request.getfixturevalue("cluster")
     with client.as_current():

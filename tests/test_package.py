@@ -30,10 +30,12 @@ PACKAGES = [
 ]
 DISTRIBUTIONS = {
     "PIL": "pillow",
+    "cudf": "cudf-cu13",
     "cuml": "cuml-cu13",
     "cupy": "cuml-cu13",
     "dask_cuda": "dask-cuda",
     "nvidia": "nvidia-dali-cuda130",
+    "open_clip": "open-clip-torch",
     "rmm": "dask-cuda",
     "sklearn": "scikit-learn",
     "threadpoolctl": "scikit-learn",
