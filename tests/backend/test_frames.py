@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -20,7 +21,10 @@ from nemo_image.embedders import TimmImageEmbedder
 from tests.backend import frames_like_cudf
 from tests.makers import TINY_MODEL, make_dataset
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is a random network.*")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is a random network.*"),
+    pytest.mark.in_process("the stand-in for cuDF lives in this process"),
+]
 
 Job = Callable[[Path, Path], None]
 
@@ -103,12 +107,19 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
     return written
 
 
+@pytest.mark.parametrize("frames", ["like cudf", pytest.param("cudf", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.__name__)
-def test_the_same_files(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_files(job: Job, frames: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "work"  # the same one: files name it
-    with_pandas = run(job, folder)
-    frames_like_cudf.install(monkeypatch)
-    with_cudf = run(job, folder)
+    # Models on the CPU both times: it is the frames that differ.
+    with dask.config.set({backend.BACKEND_KEY: "cpu"}):
+        with_pandas = run(job, folder)
+        if frames == "cudf":
+            pytest.importorskip("dask_cudf", reason="needs RAPIDS, of the extra 'image_cuda13' (or image_cuda12)")
+            monkeypatch.setattr("nemo_image.datasets.image_text_pair.new_frames", lambda: "cudf")
+        else:
+            frames_like_cudf.install(monkeypatch)
+        with_cudf = run(job, folder)
     assert list(with_cudf) == list(with_pandas)
     assert [name for name, data in with_cudf.items() if data != with_pandas[name]] == []
 

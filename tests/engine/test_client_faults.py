@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ import pytest
 
 from nemo_image import get_client
 from nemo_image.datasets import ImageTextPairDataset
-from nemo_image.errors import ClusterError
+from nemo_image.errors import ClusterError, RunError
 from tests.makers import make_dataset
 
 SHARDS = {f"{number:05d}": 3 for number in range(6)}
 HALF = 9  # the first sample of the fourth shard
 PATIENCE_S = 60.0
+GROUP_BYTES = 1 << 30
 
 
 @pytest.fixture
@@ -82,6 +83,82 @@ def test_a_worker_that_takes_too_much_memory(source: Path, tmp_path: Path) -> No
         assert (tmp_path / "hogged").exists()
         assert before - set(client.run(os.getpid).values()), "no worker was ended"
     assert twice(tmp_path / "out") == [2 * seed for seed in range(18)]
+
+
+def test_the_kernel_kills_a_worker(source: Path, tmp_path: Path, memory_group: MemoryGroup) -> None:
+    """As where a job's memory is bounded and the workers' is not: nothing warns, and the process is gone."""
+    with get_client("cpu", n_workers=2, threads_per_worker=1, memory_limit=0) as client:
+        before = set(client.run(os.getpid).values())
+        for pid in before:
+            memory_group.add(pid)
+        enrich(source, tmp_path / "out", partial(hog_once, name=str(tmp_path / "hogged")))
+        assert memory_group.kills() == 1
+        assert len(before - set(client.run(os.getpid).values())) == 1
+    assert twice(tmp_path / "out") == [2 * seed for seed in range(18)]
+
+
+def test_the_kernel_kills_every_worker_that_takes_a_shard(
+    source: Path, tmp_path: Path, memory_group: MemoryGroup
+) -> None:
+    with get_client("cpu", n_workers=2, threads_per_worker=1, memory_limit=0) as client:
+        join_group = partial(hog_in_group, group=memory_group, names=str(tmp_path / "hogged"))
+        with pytest.raises(RunError, match=r"1 of 6 shards failed, the others are finished.*00003: ") as caught:
+            enrich(source, tmp_path / "out", join_group)
+        assert list(caught.value.failures) == ["00003"]
+        assert memory_group.kills() == len(list(tmp_path.glob("hogged-*"))) > 1
+        # With the memory that it needs, the same again.
+        enrich(source, tmp_path / "out", lambda frame: frame)
+        assert client.status == "running"
+    assert twice(tmp_path / "out") == [2 * seed for seed in range(18)]
+
+
+def hog_in_group(frame: Any, group: MemoryGroup, names: str) -> Any:
+    """Take memory in one shard, each time that it is tried, in a process of bounded memory."""
+    if len(frame) > 0 and frame["seed"].iloc[0] == HALF:
+        group.add(os.getpid())
+        return hog_once(frame, f"{names}-{os.getpid()}")
+    return frame
+
+
+class MemoryGroup:
+    """A control group of processes whose memory the kernel bounds (cgroups of version 1 or 2)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def limit(self, size: int) -> None:
+        one = self.folder / "memory.limit_in_bytes"
+        (one if one.exists() else self.folder / "memory.max").write_text(str(size))
+
+    def add(self, pid: int) -> None:
+        (self.folder / "cgroup.procs").write_text(str(pid))
+
+    def kills(self) -> int:
+        one = self.folder / "memory.oom_control"
+        text = (one if one.exists() else self.folder / "memory.events").read_text()
+        return int(dict(line.split() for line in text.splitlines())["oom_kill"])
+
+
+@pytest.fixture
+def memory_group() -> Iterator[MemoryGroup]:
+    parent = Path("/sys/fs/cgroup/memory")
+    folder = (parent if parent.is_dir() else parent.parent) / f"nemo-image-test-{os.getpid()}"
+    group = MemoryGroup(folder)
+    try:
+        folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here ({error}): needs root")
+    try:
+        try:
+            group.limit(GROUP_BYTES)
+            group.kills()
+        except (OSError, KeyError) as error:
+            pytest.skip(f"control groups do not bound memory here ({error})")
+        yield group
+    finally:
+        # Empty once its processes are gone.
+        until(lambda: not (folder / "cgroup.procs").read_text().split())
+        folder.rmdir()
 
 
 def test_a_slow_worker_holds_up_its_own_shard_only(source: Path, tmp_path: Path) -> None:
