@@ -31,7 +31,15 @@ HEIGHT = "height"
 IMAGE_EMBEDDING = "image_embedding"
 AESTHETIC_SCORE = "aesthetic_score"
 NSFW_SCORE = "nsfw_score"
+
+TEXT_EMBEDDING = "text_embedding"
+"""Embedding of a row's best caption; null where it has none."""
+
 CLIP_SCORE = "clip_score"
+"""Cosine of a row's picture and its best caption (float32), from -1 to 1; null where it has none."""
+
+CLIP_CAPTION = "clip_caption"
+"""Which of a row's captions those two are of (int32), counted from 0."""
 
 IS_DUPLICATE = "is_duplicate"
 """Whether a row is to be removed as another's copy (bool); null where it could not be judged."""
@@ -62,6 +70,9 @@ KEPT = "nemo_image_kept"
 
 SHARD_TYPE = pa.dictionary(pa.int32(), pa.string())
 EMBEDDING_TYPES = {"float32": pa.list_(pa.float32()), "float16": pa.list_(pa.float16())}
+
+COMPUTED_WITH = "computed_with"
+"""In a fingerprint: the column whose value says that a row was computed, for a column that may stay null then."""
 
 FOOTER_KEY = b"nemo_image"
 """Key of our record in a Parquet footer."""

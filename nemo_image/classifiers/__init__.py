@@ -3,5 +3,6 @@
 from nemo_image.classifiers.aesthetic import AestheticClassifier
 from nemo_image.classifiers.base import ImageClassifier
 from nemo_image.classifiers.nsfw import NsfwClassifier
+from nemo_image.classifiers.zero_shot import ZeroShotTagger
 
-__all__ = ["AestheticClassifier", "ImageClassifier", "NsfwClassifier"]
+__all__ = ["AestheticClassifier", "ImageClassifier", "NsfwClassifier", "ZeroShotTagger"]

@@ -9,16 +9,17 @@ from typing import Any
 
 import pandas as pd
 
-from nemo_image import schema
+from nemo_image import backend, schema
 from nemo_image.datasets import columns as columns_
-from nemo_image.datasets import export, footers, opening, partitions, save
+from nemo_image.datasets import export, footers, opening, partitions, save, search
 from nemo_image.datasets.discover import discover
 from nemo_image.datasets.lineage import Lineage
 from nemo_image.datasets.quarantine import read_quarantine
 from nemo_image.datasets.schemas import unify_schemas, with_source
-from nemo_image.datasets.show import Gallery
+from nemo_image.datasets.show import Showing
 from nemo_image.datasets.source import DatasetSource, OnMismatch
 from nemo_image.datasets.state import DatasetState
+from nemo_image.engine.device import new_frames
 from nemo_image.errors import ArgumentError, MissingColumnError, ShardError
 
 logger = logging.getLogger("nemo_image")
@@ -28,7 +29,7 @@ COUNTED_SHARDS = 100
 """A `repr` reads the footers of so many shards at most."""
 
 
-class ImageTextPairDataset:
+class ImageTextPairDataset(Showing):
     """Image-text pairs in WebDataset tars, with a lazy Dask frame of metadata.
 
     Users read and assign :attr:`metadata` freely. Each row says its shard and its id, so filters, joins and
@@ -72,6 +73,7 @@ class ImageTextPairDataset:
             metadata_root=os.fspath(path).rstrip("/") or "/",
             id_col=id_col,
             schema=opening.schema_of_frame(metadata),
+            frames="cudf" if backend.is_cudf(metadata._meta) else "pandas",
         )
         # The frame is the user's own: what the files hold, if there are any, says nothing of it.
         self._set_up(DatasetState(source, found.shards, metadata, Lineage(metadata.expr._name, touched=True)))
@@ -109,7 +111,8 @@ class ImageTextPairDataset:
         DatasetError
             If there is no such folder, no tar, a tar or Parquet file without its partner, or no column `id_col`.
         """
-        return cls._of(DatasetState.of(opening.open_webdataset(path, id_col, sidecars, on_mismatch, storage_options)))
+        opened = opening.open_webdataset(path, id_col, sidecars, on_mismatch, storage_options)
+        return cls._of(DatasetState.of(opened.held_in(new_frames())))
 
     @classmethod
     def _of(cls, state: DatasetState, run_totals: dict[str, Any] | None = None) -> ImageTextPairDataset:
@@ -169,7 +172,7 @@ class ImageTextPairDataset:
 
     @property
     def metadata(self) -> Any:
-        """The lazy Dask frame: one row a pair, one partition a shard at load."""
+        """The lazy Dask frame: one row a pair, one partition a shard at load; of cuDF on GPUs, else of pandas."""
         return self._metadata
 
     @metadata.setter
@@ -193,22 +196,47 @@ class ImageTextPairDataset:
         return partitions.count_rows(self._counting_frame)
 
     def head(self, n: int = 5, npartitions: int = 1) -> pd.DataFrame:
-        """Compute the first `n` rows (of the first `npartitions` partitions; -1 means all)."""
-        frame: pd.DataFrame = self._metadata.head(n, npartitions=npartitions)
-        return frame
+        """Compute the first `n` rows (of the first `npartitions` partitions; -1 means all), as a frame of pandas."""
+        return backend.to_pandas(self._metadata.head(n, npartitions=npartitions))
 
-    def show(self, n: int = 10) -> Gallery:
-        """Show the first `n` pictures with captions and scores, in a notebook.
+    def search(
+        self,
+        query: Any,
+        k: int = 10,
+        *,
+        embedder: Any = None,
+        embedding_column: str = schema.IMAGE_EMBEDDING,
+        columns: Sequence[str] | None = None,
+    ) -> search.SearchResult:
+        """Find the `k` rows whose saved embeddings are most like a text, a picture or a vector, exactly.
+
+        Parameters
+        ----------
+        query : str, path, bytes, picture, vector, matrix, or list of one of them
+            A text; a picture as ``pathlib.Path``, bytes or ``PIL.Image.Image`` (or a string that names a picture
+            file); numbers of any norm but zero. A list or matrix is several queries.
+        k : int, default 10
+            Rows for each query; all, if there are fewer.
+        embedder : object, optional
+            What made the embeddings, with ``embed_text`` for texts and ``embed_pictures`` for pictures.
+        embedding_column : str, default "image_embedding"
+            The saved embeddings to search. Rows with none, or with a vector that is zero or not finite, are skipped.
+        columns : sequence of str, optional
+            Columns of the metadata to give beside similarity, shard and id; by default all that are computed already
+            and hold no embeddings.
 
         Raises
         ------
         ArgumentError
-            If `n` is less than 1.
+            If the query or `k` is unusable, or the embedder is missing or cannot embed the query.
+        MissingColumnError
+            If there are no saved embeddings, or no such column.
+        EmbeddingError
+            If the embeddings come from another model than `embedder`, or have another size than the query.
+        RunError
+            If shards could not be read.
         """
-        if n < 1:
-            raise ArgumentError(f"n must be at least 1, not {n}")
-        # From as many partitions as it takes: a filter may leave the first ones empty.
-        return Gallery.of(self.head(n, npartitions=-1), self._source)
+        return search.search(self.state, query, k, embedder, embedding_column, columns)
 
     def __repr__(self) -> str:
         shards = ", ".join(self._shards[:SHOWN_SHARDS]) + (", …" if len(self._shards) > SHOWN_SHARDS else "")
@@ -268,7 +296,8 @@ class ImageTextPairDataset:
         self.require_columns(wanted)
         plain = {name: dict(fingerprint) for name, fingerprint in fingerprints.items()}
         work = columns_.ColumnFunction(function, self._source, outputs, plain, joins_errors)
-        made = self._metadata[wanted].map_partitions(work, meta=schema.empty_frame(outputs.items()))
+        meta = backend.like(schema.empty_frame(outputs.items()), self._metadata._meta)
+        made = self._metadata[wanted].map_partitions(work, meta=meta)
         frame = self._metadata.assign(**{name: made[name] for name in outputs})
         result = self._copy()
         result._metadata = frame

@@ -76,3 +76,8 @@ def _assigned_since(expression: Any, known: str) -> set[str]:
         # The first one brings the rows.
         expression = dependencies[0]
     return names
+
+
+def assigned_columns(frame: Any) -> set[str]:
+    """Return the columns of a Dask frame that were assigned to it, by operators or by the user."""
+    return _assigned_since(frame.expr, "")

@@ -9,7 +9,7 @@ from nemo_image.datasets.load import read_rows
 from nemo_image.datasets.shard_pass import match_rows
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.errors import IdMismatchError
-from nemo_image.shards.index import Member
+from nemo_image.shards.index import Member, Sample
 from nemo_image.shards.read import ShardReader, match_samples
 
 
@@ -23,9 +23,24 @@ def samples_of_rows(
     IdMismatchError
         If no row of the shard at all, these or others, names a sample of its tar.
     """
+    _, images, errors = samples_with_images(reader, source, shard, ids)
+    return images, errors
+
+
+def samples_with_images(
+    reader: ShardReader, source: DatasetSource, shard: str, ids: Sequence[Any]
+) -> tuple[dict[int, Sample], dict[int, Member], dict[int, str]]:
+    """Return the sample and the image of each row that has an image, by its position, and the others' reasons.
+
+    Raises
+    ------
+    IdMismatchError
+        If no row of the shard at all, these or others, names a sample of its tar.
+    """
     found = match_rows(reader, source, shard, list(ids))
     if len(ids) and not (found >= 0).any():
         require_some_match(reader, source, shard)
+    samples: dict[int, Sample] = {}
     images: dict[int, Member] = {}
     errors: dict[int, str] = {}
     for row, place in enumerate(found.tolist()):
@@ -33,12 +48,13 @@ def samples_of_rows(
             errors[row] = f"missing: {shard}.tar has no sample with {source.id_col} {ids[row]!r}"
             continue
         sample = reader.index.samples[place]
-        if sample.image is None:
+        image = sample.image
+        if image is None:
             names = ", ".join(member.extension for member in sample.members)
             errors[row] = f"missing: sample {sample.key!r} of {shard}.tar has no image, only {names}"
         else:
-            images[row] = sample.image
-    return images, errors
+            samples[row], images[row] = sample, image
+    return samples, images, errors
 
 
 def require_some_match(reader: ShardReader, source: DatasetSource, shard: str) -> None:

@@ -29,7 +29,7 @@ from nemo_image.engine.ledger import ShardRecord, accounted
 from nemo_image.errors import DatasetError, IdMismatchError, ShardError
 from nemo_image.shards import files, parquet
 
-RECORDED_LIBRARIES = ("nemo-image", "torch", "torchvision", "timm", "Pillow", "pyarrow", "numpy")
+RECORDED_LIBRARIES = ("nemo-image", "torch", "torchvision", "timm", "open_clip_torch", "Pillow", "pyarrow", "numpy")
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class SaveShard:
             self._left_out(record, before)
             return
         made_by = self._made_by(before)
-        account = ShardAccount(self.source, self.saved, item.shard, before.ids, list(made_by), record)
+        account = ShardAccount(self.source, self.saved, item.shard, before.ids, made_by, record)
         pieces = self._pieces(item, before, under_way)
         first = next(pieces)
         with parquet.table_writer(self._url(item.shard), first.table.schema, self.source.storage_options) as out:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,8 @@ class ShardAccount:
     shard : str
     ids : pyarrow array or None
         Of the rows that the shard's metadata has; None if it has no metadata but the user's frame.
-    added : sequence of str
-        The columns of the written file that nemo_image added, in this run or before.
+    added : dict of str to dict
+        What made the columns of the written file that nemo_image added, in this run or before.
     record : ShardRecord
 
     Attributes
@@ -42,7 +42,7 @@ class ShardAccount:
         saved: SavedColumns,
         shard: str,
         ids: Any,
-        added: Sequence[str],
+        added: Mapping[str, Mapping[str, Any]],
         record: ShardRecord,
     ) -> None:
         self.record = record
@@ -79,7 +79,8 @@ class ShardAccount:
         piece.note_results(table, self._saved.computed)
         self._results.update(piece.results)
         self._failures.update(piece.failures)
-        self.pending.update(parquet.count_pending(table, [name for name in self._added if name in table.column_names]))
+        present = {name: made for name, made in self._added.items() if name in table.column_names}
+        self.pending.update(parquet.count_pending(table, present, self._saved.computed if kept.all() else ()))
         if self._saved.reads_images:
             self._match(table)
 

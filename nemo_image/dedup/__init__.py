@@ -5,6 +5,8 @@ from nemo_image import errors as _errors
 try:
     from nemo_image.dedup.cluster_level import SemanticClusterLevelDedup
     from nemo_image.dedup.clustering_model import ClusteringModel
+    from nemo_image.dedup.decontaminate import Decontaminate
+    from nemo_image.dedup.evaluation.collect import EvaluationSet
     from nemo_image.dedup.exact import ExactDedup
     from nemo_image.dedup.kept import kept_fraction
     from nemo_image.dedup.perceptual import PerceptualDedup
@@ -19,7 +21,9 @@ except ModuleNotFoundError as error:
 
 __all__ = [
     "ClusteringModel",
+    "Decontaminate",
     "DedupResult",
+    "EvaluationSet",
     "ExactDedup",
     "Missed",
     "PerceptualDedup",

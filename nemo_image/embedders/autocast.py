@@ -47,17 +47,31 @@ def probe_dtype(forward: Callable[[Any, str], Any], pixels: Any, device: str) ->
     if speedup < MIN_SPEEDUP:
         logger.info("autocast: float32, because %s is only %.2f times as fast here", dtype, speedup)
         return "float32"
-    import torch
-
-    worst = 1.0
-    for part in pixels.split(COMPARED_AT_ONCE):
-        exact, reduced = forward(part, "float32"), forward(part, dtype)
-        worst = min(worst, float(torch.nn.functional.cosine_similarity(exact.double(), reduced.double()).min()))
-        if worst < MIN_COSINE:
-            break  # the other pictures cannot save it
+    worst = worst_cosine(forward, pixels, dtype)
     chosen = dtype if worst >= MIN_COSINE else "float32"
     logger.info("autocast: %s, because %s keeps cosine %.5f at %.2f times the speed", chosen, dtype, worst, speedup)
     return chosen
+
+
+def worst_cosine(forward: Callable[[Any, str], Any], inputs: Any, dtype: str) -> float:
+    """Return the smallest cosine between embeddings in float32 and in `dtype`; not all are looked at once one fails.
+
+    Parameters
+    ----------
+    forward : callable
+        As for :func:`probe_dtype`.
+    inputs : tensor, shape (n, ...)
+    dtype : str
+    """
+    import torch
+
+    worst = 1.0
+    for part in inputs.split(COMPARED_AT_ONCE):
+        exact, reduced = forward(part, "float32"), forward(part, dtype)
+        worst = min(worst, float(torch.nn.functional.cosine_similarity(exact.double(), reduced.double()).min()))
+        if worst < MIN_COSINE:
+            break  # the others cannot save it
+    return worst
 
 
 def _seconds(forward: Callable[[Any, str], Any], pixels: Any, dtype: str, device: str) -> float:

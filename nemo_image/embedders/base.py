@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,18 +11,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import pyarrow as pa
 
 from nemo_image import backend, schema
 from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.datasets.columns import rows_by_shard
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.engine import threads
+from nemo_image.engine.device import Device, computing_on, task_device, worker_device
 from nemo_image.engine.model_cache import ModelSpec, get_model
 from nemo_image.engine.tokens import behaviour_token
 from nemo_image.errors import ArgumentError, ShardError
 from nemo_image.shards.keys import match_ids
 
 FloatMatrix = npt.NDArray[np.floating[Any]]
+Columns = Mapping[str, Sequence[Any]]
+"""Columns of metadata: a value a row."""
+
+_Vectors = list[tuple[FloatMatrix, npt.NDArray[np.int64]]]
 
 
 @dataclass
@@ -38,6 +45,10 @@ class ShardEmbeddings:
         Reason by position, for rows without an embedding.
     widths, heights : dict of int to int
         Size of the stored image in pixels, by position.
+    vectors : dict of str to (ndarray, ndarray)
+        Further columns of vectors, each as a matrix and its rows, like `matrix` and `rows`.
+    values : dict of str to dict of int to number
+        Further columns of numbers, by position.
     """
 
     matrix: FloatMatrix
@@ -45,6 +56,8 @@ class ShardEmbeddings:
     errors: dict[int, str] = field(default_factory=dict)
     widths: dict[int, int] = field(default_factory=dict)
     heights: dict[int, int] = field(default_factory=dict)
+    vectors: dict[str, tuple[FloatMatrix, npt.NDArray[np.int64]]] = field(default_factory=dict)
+    values: dict[str, Mapping[int, float]] = field(default_factory=dict)
 
 
 class ImageEmbedder:
@@ -73,6 +86,8 @@ class ImageEmbedder:
     normalize_embeddings: bool = False
     embedding_dtype: str = "float32"
     adds_sizes: bool = False
+    input_columns: Sequence[str] = ()
+    """Columns of metadata that `embed_rows` is given, as a further argument."""
     _planned: str | None = None
 
     def __init__(
@@ -140,18 +155,24 @@ class ImageEmbedder:
         return {
             "operator": f"{type(self).__module__}.{type(self).__qualname__}",
             "model": self.model_name,
-            "state": behaviour_token(self),
+            "state": behaviour_token(self if self._planned is not None else self._as_planned()),
             "normalized": self.normalize_embeddings,
             "embedding_dtype": self.embedding_dtype,
         }
+
+    def further_columns(self, dataset: ImageTextPairDataset) -> dict[str, tuple[Any, dict[str, Any]]]:
+        """Return the dtype and the fingerprint of each column that is added besides the embedding."""
+        return {}
 
     def settled_as(self, made_by: Mapping[str, Any]) -> ImageEmbedder | None:
         """Return the embedder with the fingerprint `made_by`, if a probe is all that tells it from this one."""
         return None
 
-    def embed_rows(self, source: DatasetSource, shard: str, ids: Sequence[Any]) -> ShardEmbeddings:
-        """Embed the rows of one shard that have the ids given."""
-        model = self._model("cpu")
+    def embed_rows(
+        self, source: DatasetSource, shard: str, ids: Sequence[Any], columns: Columns | None = None
+    ) -> ShardEmbeddings:
+        """Embed the rows of one shard that have the ids given, and `input_columns`' values in `columns`."""
+        model = self._model(task_device())
         seen: dict[int, npt.NDArray[Any]] = {}
         for batch, metadata in self.load_dataset_shard(source.tar_url(shard)):
             names = _ids_of(metadata, source.id_col, type(self).__name__)
@@ -179,18 +200,20 @@ class ImageEmbedder:
         Adds ``image_error`` too, and ``width`` and ``height`` where the dataset has no columns of those names.
         """
         # A copy: what the user changes on the object later, or the object itself while it runs, changes no plan.
-        embedder = copy.copy(self.prepare(dataset))
-        embedder._planned = behaviour_token(embedder)
+        embedder = self.prepare(dataset)._as_planned()
         made = embedder.fingerprint()
+        further = embedder.further_columns(dataset)
         outputs: dict[str, Any] = {self.image_embedding_column: schema.list_dtype(self.embedding_dtype)}
+        outputs |= {name: dtype for name, (dtype, _) in further.items()}
         if self.adds_sizes:
-            added = [name for name in (schema.WIDTH, schema.HEIGHT) if _may_add(dataset, name)]
+            added = [name for name in (schema.WIDTH, schema.HEIGHT) if may_add(dataset, name)]
             outputs |= {name: schema.arrow_dtype("int32") for name in added}
         outputs[schema.IMAGE_ERROR] = schema.arrow_dtype("string")
         result = dataset.map_columns(
-            EmbedPartition(embedder, dataset.source, outputs),
+            EmbedPartition(embedder, dataset.source, outputs, worker_device()),
+            inputs=embedder.input_columns,
             outputs=outputs,
-            fingerprints=dict.fromkeys(outputs, made),
+            fingerprints={name: further[name][1] if name in further else made for name in outputs},
             reads_images=True,
         )
         for classifier in self.classifiers:
@@ -199,6 +222,12 @@ class ImageEmbedder:
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         return ("ImageEmbedder", behaviour_token(self))
+
+    def _as_planned(self) -> ImageEmbedder:
+        """Return a copy that knows what it was when its work was planned."""
+        embedder = copy.copy(self)
+        embedder._planned = behaviour_token(embedder)
+        return embedder
 
     def _model(self, device: str) -> Callable[[Any], Any]:
         name = f"{type(self).__module__}.{type(self).__qualname__}"
@@ -210,17 +239,20 @@ class ImageEmbedder:
 class EmbedPartition:
     """Embeds the rows of a partition, shard by shard."""
 
-    def __init__(self, embedder: ImageEmbedder, source: DatasetSource, outputs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, embedder: ImageEmbedder, source: DatasetSource, outputs: Mapping[str, Any], device: Device = "cpu"
+    ) -> None:
         self.embedder = embedder
         self.source = source
         self.outputs = dict(outputs)
+        self.device: Device = device
         # An embedder that reads whole shards would read them again for each piece.
         self.row_by_row = type(embedder).embed_rows is not ImageEmbedder.embed_rows
 
     def settled_as(self, made_by: Mapping[str, Any]) -> EmbedPartition | None:
         """Return the same with the embedder that made earlier results, if only what it settles by a probe differs."""
         embedder = self.embedder.settled_as(made_by)
-        return None if embedder is None else EmbedPartition(embedder, self.source, self.outputs)
+        return None if embedder is None else EmbedPartition(embedder, self.source, self.outputs, self.device)
 
     def __call__(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Return the embedder's columns for `frame`.
@@ -229,32 +261,42 @@ class EmbedPartition:
         partition are not lost with it; saving turns the mark into a failed shard.
         """
         index = frame.index
-        vectors: list[FloatMatrix] = []
-        rows: list[npt.NDArray[np.int64]] = []
+        vectors: dict[str, _Vectors] = defaultdict(list)
+        values: dict[str, dict[int, float]] = defaultdict(dict)
         errors: dict[int, str] = {}
-        sizes: dict[str, dict[int, int]] = {schema.WIDTH: {}, schema.HEIGHT: {}}
         for shard, places in rows_by_shard(frame).items():
-            ids = frame[self.source.id_col].iloc[places].tolist()
             try:
-                with threads.torch_threads(threads.task_share()):
-                    found = self.embedder.embed_rows(self.source, shard, ids)
+                with threads.torch_threads(threads.task_share()), computing_on(self.device):
+                    found = self._embed(shard, frame, places)
             except ShardError as error:
                 errors |= dict.fromkeys(places.tolist(), f"{schema.SHARD_FAILED}: {error}")
                 continue
-            vectors.append(found.matrix)
-            rows.append(places[found.rows])
             errors |= {int(places[row]): reason for row, reason in found.errors.items()}
-            sizes[schema.WIDTH] |= {int(places[row]): value for row, value in found.widths.items()}
-            sizes[schema.HEIGHT] |= {int(places[row]): value for row, value in found.heights.items()}
-        columns = {self.embedder.image_embedding_column: self._column(vectors, rows, index)}
-        for name in self.outputs.keys() & sizes.keys():
-            columns[name] = pd.Series([sizes[name].get(row) for row in range(len(index))], index, self.outputs[name])
-        reasons = [errors.get(row) for row in range(len(index))]
-        columns[schema.IMAGE_ERROR] = pd.Series(reasons, index, self.outputs[schema.IMAGE_ERROR])
-        return pd.DataFrame({name: columns[name] for name in self.outputs}, index=index)
+            made = {self.embedder.image_embedding_column: (found.matrix, found.rows), **found.vectors}
+            for name, (matrix, rows) in made.items():
+                vectors[name].append((matrix, places[rows]))
+            numbers = {schema.WIDTH: found.widths, schema.HEIGHT: found.heights, **found.values}
+            for name, by_row in numbers.items():
+                values[name] |= {int(places[row]): value for row, value in by_row.items()}
+        columns = {}
+        for name, dtype in self.outputs.items():
+            by_place: Mapping[int, Any] = errors if name == schema.IMAGE_ERROR else values[name]
+            if pa.types.is_list(dtype.pyarrow_dtype):
+                columns[name] = self._column(vectors[name], index)
+            else:
+                columns[name] = pd.Series([by_place.get(row) for row in range(len(index))], index, dtype)
+        return pd.DataFrame(columns, index=index)
 
-    def _column(self, vectors: list[FloatMatrix], rows: list[npt.NDArray[np.int64]], index: pd.Index) -> pd.Series:
-        filled = [(matrix, places) for matrix, places in zip(vectors, rows, strict=True) if len(places)]
+    def _embed(self, shard: str, frame: pd.DataFrame, places: npt.NDArray[np.int64]) -> ShardEmbeddings:
+        ids = frame[self.source.id_col].iloc[places].tolist()
+        wanted = self.embedder.input_columns
+        if not wanted:  # embedders that users wrote take three arguments
+            return self.embedder.embed_rows(self.source, shard, ids)
+        columns = {name: backend.arrow_values(frame[name].iloc[places]).to_pylist() for name in wanted}
+        return self.embedder.embed_rows(self.source, shard, ids, columns)
+
+    def _column(self, vectors: _Vectors, index: pd.Index) -> pd.Series:
+        filled = [(matrix, places) for matrix, places in vectors if len(places)]
         if not filled:
             nothing = np.zeros((0, 0), np.float32)
             return backend.to_column(nothing, index, np.array([], np.int64), self.embedder.embedding_dtype)
@@ -318,6 +360,6 @@ def _ids_of(metadata: Any, id_col: str, who: str) -> list[Any]:
         ) from error
 
 
-def _may_add(dataset: ImageTextPairDataset, name: str) -> bool:
+def may_add(dataset: ImageTextPairDataset, name: str) -> bool:
     """Columns of the sizes' names that came with the data stay as they are; our own are made anew."""
     return name not in dataset.metadata.columns or name in dataset.provenance

@@ -61,15 +61,22 @@ def forward(model: Any, pixels: Any, dtype: str, device: str) -> Any:
         return model(pixels.contiguous(memory_format=torch.channels_last)).float()
 
 
+def forward_tokens(model: Any, tokens: Any, dtype: str, device: str) -> Any:
+    """Return float32 embeddings, [n, size], of tokens; computed in `dtype` as far as autocast does."""
+    kind = device.split(":", maxsplit=1)[0]
+    with torch.inference_mode(), torch.autocast(kind, getattr(torch, dtype), enabled=dtype != "float32"):
+        return model(tokens).float()
+
+
 def embed(run: Callable[[Any], Any], pixels: Any) -> npt.NDArray[Any]:
-    """Run a model on normalised pixels; a batch that does not fit the GPU's memory is halved and tried again.
+    """Run a model on pixels or tokens; a batch that does not fit the GPU's memory is halved and tried again.
 
     Parameters
     ----------
     run : callable
         From pixels to embeddings, [n, size].
     pixels : torch.Tensor
-        [n, 3, height, width].
+        Normalised, [n, 3, height, width]; or tokens, [n, context length].
     """
     try:
         result: npt.NDArray[Any] = run(pixels).cpu().numpy()

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import difflib
 import functools
-import hashlib
-import threading
 from collections.abc import Mapping
 from typing import Any
 
+from nemo_image.embedders.network import NetworkDescription
+from nemo_image.embedders.network_weights import RANDOM_WEIGHTS, hub_cache, seeded, state_sha256
 from nemo_image.engine.weights import load_state_dict, sha256_file
 from nemo_image.errors import MissingDependencyError, UnknownModelError, WeightsError
 
-RANDOM_SEED = 0
 PATCH_CONVOLUTIONS = 8
 """The most that a vision transformer has: hybrids' stems are larger, and convolutional networks have dozens."""
-RANDOM_WEIGHTS = f"random weights, seed {RANDOM_SEED}"
-
-_random_lock = threading.Lock()
 
 
 def import_timm() -> Any:
@@ -115,11 +111,7 @@ def create_model(name: str, pretrained: bool, weights: str | None) -> Any:
         return _from_file(timm, name, weights, head).eval()
     if pretrained:
         return _from_hub(timm, name, head).eval()
-    import torch
-
-    # The generator is the process's: two threads that seed it at once would get weights that nobody asked for.
-    with _random_lock, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(RANDOM_SEED)
+    with seeded():
         return timm.create_model(name, pretrained=False, **head).eval()
 
 
@@ -143,16 +135,8 @@ def _from_hub(timm: Any, name: str, head: Mapping[str, Any]) -> Any:
         raise WeightsError(
             f"the pretrained weights of {name} cannot be had ({type(error).__name__}: {first}). Without a network, "
             "give "
-            f"weights=<a local file>, or bring the hub's cache to {_hub_cache()}"
+            f"weights=<a local file>, or bring the hub's cache to {hub_cache()}"
         ) from error
-
-
-def _hub_cache() -> str:
-    try:
-        from huggingface_hub.constants import HF_HUB_CACHE
-    except ImportError:
-        return "~/.cache/huggingface/hub"
-    return str(HF_HUB_CACHE)
 
 
 def evaluation_transform(model: Any) -> Any:
@@ -197,13 +181,8 @@ def describe(name: str) -> tuple[int, Any]:
     return size, evaluation_transform(model)
 
 
-def state_sha256(state: Mapping[str, Any]) -> str:
-    """Return one hash of a model's weights, whatever file they came from."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
-    return digest.hexdigest()
+@functools.lru_cache(maxsize=32)
+def description(name: str) -> NetworkDescription:
+    """Return what is known of a model without its weights."""
+    size, transform = describe(name)
+    return NetworkDescription(size, transform, input_size(_outline(name)), is_convolutional(name))

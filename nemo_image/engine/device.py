@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal, TypeVar
 
 from nemo_image import backend
+from nemo_image.engine.gpu_share import gpu_share
 from nemo_image.engine.run import current_client
 from nemo_image.errors import ClusterError
 
@@ -19,7 +22,12 @@ logger = logging.getLogger("nemo_image")
 T = TypeVar("T")
 Device = Literal["cpu", "cuda"]
 
+TASKS_A_GPU = 4
+"""Tasks that share a GPU: while one waits for its pictures, others compute."""
+
 _NAMED = 3  # workers that a message names
+
+_task_device: ContextVar[Device] = ContextVar("nemo_image_device", default="cpu")
 
 
 def worker_device() -> Device:
@@ -101,6 +109,22 @@ def local_cluster_type() -> Literal["cpu", "gpu"]:
         )
         return "cpu"
     return "gpu"
+
+
+@contextmanager
+def computing_on(device: Device) -> Iterator[None]:
+    """Have a task compute on `device` in the ``with`` block. Of a GPU it holds a share, so that few do at once."""
+    token = _task_device.set(device)
+    try:
+        with gpu_share(0.0 if device == "cpu" else 1 / TASKS_A_GPU):
+            yield
+    finally:
+        _task_device.reset(token)
+
+
+def task_device() -> Device:
+    """Return the device of :func:`computing_on`."""
+    return _task_device.get()
 
 
 def new_frames() -> Literal["pandas", "cudf"]:

@@ -19,7 +19,9 @@ import torch
 
 from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.embedders import TimmImageEmbedder
-from nemo_image.embedders import timm as timm_module
+from nemo_image.embedders import autocast as autocast_module
+from nemo_image.embedders import network as network_module
+from nemo_image.embedders import prepared as prepared_module
 from nemo_image.embedders.preprocess import (
     GuardedPreprocessor,
     IsolatedPreprocessor,
@@ -516,16 +518,16 @@ def test_the_probe_does_not_crash_the_client(tmp_path: Path, monkeypatch: pytest
         probed.append(len(pixels))
         return "float32"
 
-    monkeypatch.setattr(timm_module, "candidate_dtype", lambda device: "bfloat16")
-    monkeypatch.setattr(timm_module, "probe_dtype", probe)
+    monkeypatch.setattr(autocast_module, "candidate_dtype", lambda device: "bfloat16")
+    monkeypatch.setattr(autocast_module, "probe_dtype", probe)
     odd_embedder().prepare(odd_dataset(tmp_path, b"segfault"))
     assert probed == [4]
 
 
 def test_nothing_is_decoded_for_a_probe_without_a_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timm_module, "candidate_dtype", lambda device: None)
-    monkeypatch.setattr(timm_module, "start_ahead", lambda: pytest.fail("a child process for nothing"))
-    monkeypatch.setattr(timm_module, "IsolatedPreprocessor", lambda *_: pytest.fail("pictures decoded for nothing"))
+    monkeypatch.setattr(autocast_module, "candidate_dtype", lambda device: None)
+    monkeypatch.setattr(network_module, "start_ahead", lambda: pytest.fail("a child process for nothing"))
+    monkeypatch.setattr(prepared_module, "IsolatedPreprocessor", lambda *_: pytest.fail("pictures decoded for nothing"))
     make_dataset(tmp_path, {"a": 2})
     dataset = ImageTextPairDataset.from_webdataset(str(tmp_path))
     assert TimmImageEmbedder(TINY_MODEL).prepare(dataset).dtype == "float32"

@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from nemo_image.embedders.preprocess import PreprocessSpec, ResizePlan, TorchvisionPreprocessor, make_preprocessor
-from nemo_image.embedders.preprocess.torchvision_path import resize_into
+from nemo_image.embedders.preprocess.resize import resize_into
 from nemo_image.errors import ArgumentError
 from nemo_image.shards.decode import decode_rgb
 from tests.makers import encoded, picture

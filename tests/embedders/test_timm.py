@@ -16,7 +16,6 @@ from nemo_image.backend import to_matrix
 from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.embedders import TimmImageEmbedder
 from nemo_image.embedders import autocast as autocast_module
-from nemo_image.embedders import timm as timm_module
 from nemo_image.embedders.autocast import probe_dtype
 from nemo_image.embedders.timm import PreparedTimmEmbedder
 from nemo_image.errors import ArgumentError
@@ -76,8 +75,8 @@ def test_the_probe_sees_real_pictures_of_the_dataset(tmp_path: Path, monkeypatch
         assert forward(pixels, "float32").shape[0] == len(pixels)
         return "float32"
 
-    monkeypatch.setattr(timm_module, "candidate_dtype", lambda device: "bfloat16")
-    monkeypatch.setattr(timm_module, "probe_dtype", probe)
+    monkeypatch.setattr(autocast_module, "candidate_dtype", lambda device: "bfloat16")
+    monkeypatch.setattr(autocast_module, "probe_dtype", probe)
     make_dataset(tmp_path, {"a": 5})
     prepared(load(tmp_path), autocast=True)
     assert seen == [(5, 3, 160, 160)]
@@ -85,10 +84,10 @@ def test_the_probe_sees_real_pictures_of_the_dataset(tmp_path: Path, monkeypatch
 
 def test_finished_rows_settle_the_number_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_dataset(tmp_path, {"a": 2})
-    monkeypatch.setattr(timm_module, "candidate_dtype", lambda device: "bfloat16")
-    monkeypatch.setattr(timm_module, "probe_dtype", lambda *_: "bfloat16")
+    monkeypatch.setattr(autocast_module, "candidate_dtype", lambda device: "bfloat16")
+    monkeypatch.setattr(autocast_module, "probe_dtype", lambda *_: "bfloat16")
     TimmImageEmbedder(TINY_MODEL)(load(tmp_path)).save_metadata()
-    monkeypatch.setattr(timm_module, "probe_dtype", lambda *_: "float32")
+    monkeypatch.setattr(autocast_module, "probe_dtype", lambda *_: "float32")
     again = TimmImageEmbedder(TINY_MODEL)(load(tmp_path)).save_metadata()
     assert again.run_totals is not None
     assert again.run_totals["shards"]["skipped"] == 1

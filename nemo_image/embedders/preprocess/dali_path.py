@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from nemo_image.embedders.preprocess.batch import PreprocessedBatch, plan_picture
+from nemo_image.embedders.preprocess.resize import INTERPOLATIONS
 from nemo_image.embedders.preprocess.spec import PreprocessSpec, ResizePlan
-from nemo_image.embedders.preprocess.torchvision_path import INTERPOLATIONS, TorchvisionPreprocessor
+from nemo_image.embedders.preprocess.torchvision_path import TorchvisionPreprocessor
 from nemo_image.engine.decoding.pool import call_in_thread
 from nemo_image.errors import ArgumentError, ImageError, MissingDependencyError
 from nemo_image.shards.decode import MAX_PIXELS, ImageHeader, read_header, upright

@@ -12,8 +12,8 @@ from PIL import Image
 
 from nemo_image.embedders.preprocess.batch import PreprocessedBatch, collect, empty_pixels, plan_picture
 from nemo_image.embedders.preprocess.convert import spec_from_transform
+from nemo_image.embedders.preprocess.resize import INTERPOLATIONS, resize_into
 from nemo_image.embedders.preprocess.spec import PreprocessSpec
-from nemo_image.embedders.preprocess.torchvision_path import INTERPOLATIONS, resize_into
 from nemo_image.errors import ImageError
 from nemo_image.shards.decode import MAX_PIXELS, ImageHeader
 

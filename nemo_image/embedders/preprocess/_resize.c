@@ -1,0 +1,357 @@
+/* Antialiased resize of 8-bit RGB: pixels equal to those of torch's on the CPU, to the last bit.
+ *
+ * Weights are computed as doubles, normalised, and rounded to 16 bits, with as many binary places as the largest of an
+ * axis allows. Rows are filtered first, to 8 bits, then columns. Only the window that is asked for is made, strip by
+ * strip, so that what is worked on stays in the cache.
+ *
+ * Only the last part knows Python; nothing in it or before it keeps state, so that threads may call it together.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HAS_AVX2 __builtin_cpu_supports("avx2")
+#define AVX2 __attribute__((target("avx2")))
+#include <immintrin.h>
+#else
+#define HAS_AVX2 0
+#endif
+
+enum { STRIP = 8, SMALLEST_BITS = 15, MOST_PLACES = 22, WIDEST_SPREAD = 1 << 16 };
+
+/* Which pixels of the source each output is made of. */
+typedef struct {
+    int64_t count;     /* outputs */
+    int64_t taps;      /* weights of an output, an even number; zeros behind the last one */
+    int64_t longest;   /* most weights that an output uses */
+    int64_t low, end;  /* the source pixels that any weight lies on, also where it is zero; end may be beyond the source */
+    int places;        /* binary places of the weights */
+    int64_t *first;    /* source pixel of an output's first weight */
+    int64_t *size;     /* weights that it uses */
+    int16_t *weights;  /* [count][taps] */
+} Axis;
+
+static void free_axis(Axis *axis) {
+    free(axis->first);
+    free(axis->size);
+    free(axis->weights);
+}
+
+/* Keys' cubic convolution with a = -1/2, or a triangle. */
+static double filter(double x, int bicubic) {
+    const double a = -0.5;
+    x = fabs(x);
+    if (!bicubic) return x < 1.0 ? 1.0 - x : 0.0;
+    if (x < 1.0) return ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0;
+    if (x < 2.0) return ((a * x - 5.0 * a) * x + 8.0 * a) * x - 4.0 * a;
+    return 0.0;
+}
+
+/* Weights of the outputs from `start` on, of an axis resized from `in` to `out`. Returns 0 where memory is short.
+ * `aligned`: every first weight lies on an even pixel. The precision is that of the whole axis. */
+static int make_axis(Axis *axis, int64_t in, int64_t out, int64_t start, int64_t count, int bicubic, int aligned) {
+    const double scale = (double)in / (double)out, stretch = scale >= 1.0 ? scale : 1.0;
+    const double inverse = scale >= 1.0 ? 1.0 / scale : 1.0, support = (bicubic ? 2.0 : 1.0) * stretch;
+    const int64_t most = (int64_t)ceil(support) * 2 + 1;
+    *axis = (Axis){.count = count, .low = in};
+    axis->first = malloc(count * sizeof *axis->first);
+    axis->size = malloc(count * sizeof *axis->size);
+    double *exact = malloc((count + 1) * most * sizeof *exact), largest = 0.0; /* the last row: outside the window */
+    if (!axis->first || !axis->size || !exact) {
+        free(exact);
+        return 0;
+    }
+    for (int64_t i = 0; i < out; i++) {
+        const int64_t row = i >= start && i < start + count ? i - start : count;
+        const double center = scale * (i + 0.5);
+        double *w = exact + row * most, total = 0.0;
+        int64_t first = (int64_t)(center - support + 0.5), last = (int64_t)(center + support + 0.5);
+        first = first < 0 ? 0 : first;
+        int64_t size = (last < in ? last : in) - first;
+        size = size < 0 ? 0 : size > most ? most : size;
+        for (int64_t j = 0; j < size; j++) w[j] = filter((j + first - center + 0.5) * inverse, bicubic);
+        for (int64_t j = 0; j < size; j++) total += w[j];
+        for (int64_t j = 0; j < size && total != 0.0; j++) {
+            w[j] /= total;
+            largest = w[j] > largest ? w[j] : largest;
+        }
+        if (row < count) {
+            axis->first[row] = first;
+            axis->size[row] = size;
+            axis->longest = size > axis->longest ? size : axis->longest;
+        }
+    }
+    while (axis->places < MOST_PLACES && (int)(0.5 + largest * (1 << (axis->places + 1))) < 1 << SMALLEST_BITS)
+        axis->places++;
+    axis->taps = (axis->longest + aligned + 1) / 2 * 2;
+    axis->weights = calloc(count * axis->taps, sizeof *axis->weights);
+    for (int64_t i = 0; axis->weights && i < count; i++) {
+        const int64_t shift = aligned ? axis->first[i] & 1 : 0;
+        for (int64_t j = 0; j < axis->size[i]; j++) {
+            const double w = exact[i * most + j] * (1 << axis->places);
+            axis->weights[i * axis->taps + j + shift] = (int16_t)(w < 0.0 ? (int)(w - 0.5) : (int)(w + 0.5));
+        }
+        axis->first[i] -= shift;
+        axis->low = axis->first[i] < axis->low ? axis->first[i] : axis->low;
+        axis->end = axis->first[i] + axis->taps > axis->end ? axis->first[i] + axis->taps : axis->end;
+    }
+    free(exact);
+    return axis->weights != NULL;
+}
+
+static uint8_t clip(int32_t sum, int places) {
+    sum >>= places;
+    return (uint8_t)(sum < 0 ? 0 : sum > 255 ? 255 : sum);
+}
+
+/* Filters STRIP rows. */
+static void filter_rows(const uint8_t *rows, int64_t stride, const Axis *axis, uint8_t *out, int64_t out_stride) {
+    for (int r = 0; r < STRIP; r++, rows += stride, out += out_stride) {
+        for (int64_t x = 0; x < axis->count; x++) {
+            const int16_t *w = axis->weights + x * axis->taps;
+            const uint8_t *p = rows + 3 * axis->first[x];
+            int32_t red = 1 << axis->places >> 1, green = red, blue = red;
+            for (int64_t t = 0; t < axis->taps; t++, p += 3) {
+                red += w[t] * p[0];
+                green += w[t] * p[1];
+                blue += w[t] * p[2];
+            }
+            out[3 * x] = clip(red, axis->places);
+            out[3 * x + 1] = clip(green, axis->places);
+            out[3 * x + 2] = clip(blue, axis->places);
+        }
+    }
+}
+
+/* Makes one row of `bytes` bytes from `size` rows, which may be read up to the next multiple of 32. */
+static void filter_columns(const uint8_t *rows, int64_t stride, int64_t bytes, const int16_t *weights, int64_t size,
+                           int places, uint8_t *out) {
+    for (int64_t i = 0; i < bytes; i += 32) {
+        int32_t sums[32];
+        for (int k = 0; k < 32; k++) sums[k] = 1 << places >> 1;
+        for (int64_t t = 0; t < size; t++)
+            for (int k = 0; k < 32; k++) sums[k] += weights[t] * rows[t * stride + i + k];
+        for (int k = 0; k < 32 && i + k < bytes; k++) out[i + k] = clip(sums[k], places);
+    }
+}
+
+#ifdef AVX2
+
+/* Four sums of products to bytes. In each half of a register, so that interleaving within halves is undone. */
+AVX2 static inline __m256i to_bytes(__m256i a, __m256i b, __m256i c, __m256i d, __m128i places) {
+    const __m256i ab = _mm256_packs_epi32(_mm256_sra_epi32(a, places), _mm256_sra_epi32(b, places));
+    const __m256i cd = _mm256_packs_epi32(_mm256_sra_epi32(c, places), _mm256_sra_epi32(d, places));
+    return _mm256_packus_epi16(ab, cd);
+}
+
+AVX2 static inline __m256i two_weights(const int16_t *weights) {
+    int32_t both;
+    memcpy(&both, weights, sizeof both);
+    return _mm256_set1_epi32(both);
+}
+
+AVX2 static inline __m256i add_products(__m256i sum, __m256i values, __m256i weights) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(values, weights));
+}
+
+/* Spreads STRIP rows, `pixels` of each, a multiple of 4, as 16-bit numbers: for every pair of pixels and pair of rows
+ * a register, in its lower half r r g g b b 0 0 of the upper row's pixels, in its upper half of the lower row's. */
+AVX2 static void spread_rows(const uint8_t *rows, int64_t stride, int64_t pixels, __m256i *spread) {
+    const __m256i pair = _mm256_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1,  //
+                                          0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1);
+    const __m256i next = _mm256_setr_epi8(6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1,  //
+                                          6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1);
+    for (int64_t x = 0; x < pixels; x += 4, rows += 12, spread += STRIP) {
+        for (int r = 0; r < STRIP / 2; r++) {
+            const uint8_t *upper = rows + 2 * r * stride;
+            const __m128i a = _mm_loadu_si128((const __m128i *)upper);
+            const __m128i b = _mm_loadu_si128((const __m128i *)(upper + stride));
+            const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1);
+            _mm256_store_si256(spread + r, _mm256_shuffle_epi8(both, pair));
+            _mm256_store_si256(spread + STRIP / 2 + r, _mm256_shuffle_epi8(both, next));
+        }
+    }
+}
+
+/* As `filter_rows`, from rows that are spread from pixel axis->low on. Writes a byte beyond each row. */
+AVX2 static void filter_rows_avx2(const __m256i *spread, const Axis *axis, uint8_t *out, int64_t out_stride) {
+    const __m256i half = _mm256_set1_epi32(1 << axis->places >> 1);
+    const __m128i places = _mm_cvtsi32_si128(axis->places);
+    for (int64_t x = 0; x < axis->count; x++, out += 3) {
+        const __m256i *p = spread + (axis->first[x] - axis->low) / 2 * (STRIP / 2);
+        const int16_t *w = axis->weights + x * axis->taps;
+        __m256i a = half, b = half, c = half, d = half;
+        for (int64_t t = 0; t < axis->taps; t += 2, p += STRIP / 2) {
+            const __m256i both = two_weights(w + t);
+            a = add_products(a, p[0], both);
+            b = add_products(b, p[1], both);
+            c = add_products(c, p[2], both);
+            d = add_products(d, p[3], both);
+        }
+        uint32_t made[STRIP]; /* rows 0 2 4 6 1 3 5 7 */
+        _mm256_storeu_si256((__m256i *)made, to_bytes(a, b, c, d, places));
+        for (int r = 0; r < STRIP; r++) memcpy(out + r * out_stride, made + r / 2 + r % 2 * 4, sizeof *made);
+    }
+}
+
+AVX2 static void filter_columns_avx2(const uint8_t *rows, int64_t stride, int64_t bytes, const int16_t *weights,
+                                     int64_t size, int places, uint8_t *out) {
+    const __m256i zero = _mm256_setzero_si256(), half = _mm256_set1_epi32(1 << places >> 1);
+    for (int64_t i = 0; i < bytes; i += 32) {
+        __m256i a = half, b = half, c = half, d = half;
+        for (int64_t t = 0; t < size; t += 2) {
+            const uint8_t *row = rows + t * stride + i, *next = t + 1 < size ? row + stride : row;
+            const __m256i x = _mm256_loadu_si256((const __m256i *)row), y = _mm256_loadu_si256((const __m256i *)next);
+            const __m256i low = _mm256_unpacklo_epi8(x, y), high = _mm256_unpackhi_epi8(x, y);
+            const __m256i both = two_weights(weights + t);
+            a = add_products(a, _mm256_unpacklo_epi8(low, zero), both);
+            b = add_products(b, _mm256_unpackhi_epi8(low, zero), both);
+            c = add_products(c, _mm256_unpacklo_epi8(high, zero), both);
+            d = add_products(d, _mm256_unpackhi_epi8(high, zero), both);
+        }
+        uint8_t made[32];
+        const __m256i sums = to_bytes(a, b, c, d, _mm_cvtsi32_si128(places));
+        if (bytes - i >= 32) {
+            _mm256_storeu_si256((__m256i *)(out + i), sums);
+        } else {
+            _mm256_storeu_si256((__m256i *)made, sums);
+            memcpy(out + i, made, bytes - i);
+        }
+    }
+}
+
+#endif
+
+typedef struct {
+    uint8_t *pixels;
+    int64_t height, width, stride;
+} Picture;
+
+/* Makes the window from the two axes, row by row; filtered rows are kept as long as they are needed. */
+static int make_window(const Picture *from, const Picture *to, const Axis *across, const Axis *down, int vectorized) {
+    const int64_t span = (across->end - across->low + 3) / 4 * 4;       /* pixels of a row that are read */
+    const int64_t reach = 3 * (across->low + span) + 4;                 /* bytes of a row that may be touched */
+    const int64_t line = (3 * across->count + 63) / 32 * 32;            /* bytes of a filtered row */
+    const int64_t room = 2 * (down->longest + STRIP);                   /* filtered rows that are kept */
+    uint8_t *filtered = calloc(room, line), *edge = calloc(STRIP, reach), *spread = NULL;
+    if (vectorized) spread = malloc(span / 2 * (STRIP / 2) * 32 + 32);
+    const int ready = filtered && edge && (spread || !vectorized);
+    int64_t base = down->first[0], done = base; /* the filtered rows are base .. done */
+    for (int64_t y = 0; ready && y < to->height; y++) {
+        const int64_t first = down->first[y], size = down->size[y];
+        if (done < first) base = done = first;
+        while (done < first + size) {
+            if (done + STRIP - base > room) {
+                memmove(filtered, filtered + (first - base) * line, (done - first) * line);
+                base = first;
+            }
+            const uint8_t *rows = from->pixels + done * from->stride;
+            int64_t stride = from->stride;
+            if (done + STRIP > from->height ||
+                (done + STRIP - 1) * stride + reach > (from->height - 1) * stride + 3 * from->width) {
+                for (int64_t r = 0; r < STRIP && done + r < from->height; r++)
+                    memcpy(edge + r * reach, rows + r * stride, 3 * from->width < reach ? 3 * from->width : reach);
+                rows = edge;
+                stride = reach;
+            }
+            uint8_t *made = filtered + (done - base) * line;
+#ifdef AVX2
+            if (vectorized) {
+                __m256i *aligned = (__m256i *)(((uintptr_t)spread + 31) / 32 * 32);
+                spread_rows(rows + 3 * across->low, stride, span, aligned);
+                filter_rows_avx2(aligned, across, made, line);
+            } else
+#endif
+                filter_rows(rows, stride, across, made, line);
+            done = done + STRIP < from->height ? done + STRIP : from->height;
+        }
+        const uint8_t *rows = filtered + (first - base) * line;
+        uint8_t *out = to->pixels + y * to->stride;
+#ifdef AVX2
+        if (vectorized)
+            filter_columns_avx2(rows, line, 3 * to->width, down->weights + y * down->taps, size, down->places, out);
+        else
+#endif
+            filter_columns(rows, line, 3 * to->width, down->weights + y * down->taps, size, down->places, out);
+    }
+    free(filtered);
+    free(edge);
+    free(spread);
+    return ready;
+}
+
+/* ------------------------------------------------------------------------------------------------------ Python */
+
+/* Takes a buffer's pixels; what does not have the layout that the loops rely on is refused. */
+static int as_picture(PyObject *object, int flags, const char *name, Py_buffer *view, Picture *picture) {
+    if (PyObject_GetBuffer(object, view, flags) < 0) return 0;
+    const Py_ssize_t *shape = view->shape, *strides = view->strides;
+    if (view->itemsize == 1 && view->ndim == 3 && shape[0] > 0 && shape[1] > 0 && shape[2] == 3 && strides[2] == 1 &&
+        (shape[1] == 1 || strides[1] == 3) && (shape[0] == 1 || strides[0] >= 3 * shape[1]) &&
+        shape[0] <= INT32_MAX && shape[1] <= INT32_MAX / 3) {
+        *picture = (Picture){view->buf, shape[0], shape[1], shape[0] == 1 ? 3 * shape[1] : strides[0]};
+        return 1;
+    }
+    PyErr_Format(PyExc_ValueError, "%s must be uint8 [height, width, 3] of whole rows, not empty", name);
+    PyBuffer_Release(view);
+    return 0;
+}
+
+static PyObject *resize_pictures(const Picture *from, const Picture *to, int64_t height, int64_t width, int64_t top,
+                                 int64_t left, int bicubic, int vectorized) {
+    if (height < 1 || width < 1 || height > INT32_MAX || width > INT32_MAX || top < 0 || left < 0 ||
+        top > height - to->height || left > width - to->width) {
+        PyErr_SetString(PyExc_ValueError, "the window must lie inside the resized picture");
+        return NULL;
+    }
+    Axis across = {0}, down = {0};
+    int made = 0;
+    Py_BEGIN_ALLOW_THREADS
+    if (make_axis(&across, from->width, width, left, to->width, bicubic, 1) &&
+        make_axis(&down, from->height, height, top, to->height, bicubic, 0)) {
+        const int fits = HAS_AVX2 && across.end - across.low <= WIDEST_SPREAD;
+        made = make_window(from, to, &across, &down, vectorized && fits);
+    }
+    free_axis(&across);
+    free_axis(&down);
+    Py_END_ALLOW_THREADS
+    if (!made) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *resize(PyObject *module, PyObject *args) {
+    PyObject *source, *target, *result = NULL;
+    Py_ssize_t height, width, top, left;
+    int bicubic, vectorized;
+    Py_buffer source_view, target_view;
+    Picture from, to;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "OOnnnnpp", &source, &target, &height, &width, &top, &left, &bicubic, &vectorized) ||
+        !as_picture(source, PyBUF_STRIDED_RO, "source", &source_view, &from))
+        return NULL;
+    if (as_picture(target, PyBUF_STRIDED, "target", &target_view, &to)) {
+        result = resize_pictures(&from, &to, height, width, top, left, bicubic, vectorized);
+        PyBuffer_Release(&target_view);
+    }
+    PyBuffer_Release(&source_view);
+    return result;
+}
+
+static int set_up(PyObject *module) { return PyModule_AddIntConstant(module, "AVX2", HAS_AVX2 ? 1 : 0); }
+
+static PyMethodDef methods[] = {
+    {"resize", resize, METH_VARARGS,
+     "resize(source, target, height, width, top, left, bicubic, vectorized)\n\n"
+     "Fill target, uint8 [h, w, 3], with the window at (top, left) of source resized to height x width."},
+    {0},
+};
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)set_up}, {0}};
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, .m_name = "_resize", .m_methods = methods, .m_slots = slots};
+
+PyMODINIT_FUNC PyInit__resize(void) { return PyModuleDef_Init(&definition); }

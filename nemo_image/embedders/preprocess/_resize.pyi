@@ -1,0 +1,15 @@
+from typing_extensions import Buffer
+
+AVX2: int
+
+def resize(
+    source: Buffer,
+    target: Buffer,
+    height: int,
+    width: int,
+    top: int,
+    left: int,
+    bicubic: bool,
+    vectorized: bool,
+    /,
+) -> None: ...
