@@ -130,7 +130,9 @@ class Showing:
         found = survey(state, plan)
         if found.failures:
             shard, cause = next(iter(found.failures.items()))
-            raise RunError(f"{len(found.failures)} of the shards cannot be read, {shard} for one: {cause}", found.failures)
+            raise RunError(
+                f"{len(found.failures)} of the shards cannot be read, {shard} for one: {cause}", found.failures
+            )
         return found
 
     def _galleries(self, parts: dict[str, list[RowName]], column: str, found: Survey) -> Galleries:
