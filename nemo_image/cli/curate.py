@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import click
 
 from nemo_image import schema
+from nemo_image.cli.keeping import Conditions, choose_rows, dedup_options, export_options, write_rows
+from nemo_image.cli.models import OPEN_CLIP, make_embedder, model_options
 from nemo_image.cli.options import (
     cluster,
     cluster_options,
@@ -22,7 +25,9 @@ from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.engine.ledger import FOLDER
 from nemo_image.engine.run_lock import run_lock
 from nemo_image.errors import ArgumentError, OutputBusyError
-from nemo_image.filters import KeepExpression, keep
+from nemo_image.filters import Blocklist, add_columns
+from nemo_image.filters.blocklist import BLOCKED
+from nemo_image.filters.choose import OF_ALL_ROWS
 from nemo_image.shards import files
 
 PARTS_WAIT_S = 600
@@ -30,65 +35,75 @@ PARTS_WAIT_S = 600
 
 LEFT_NAMED = 5
 
+CONTENT_HASHES = {"content-sha256": "sha256", "content-xxh3": "xxh3_128"}
+"""What ``--blocklist`` calls hashes of the images' bytes."""
+
 EXAMPLE = """
-Example:
+Examples:
 
 \b
   nemo-image curate /data/laion /data/curated \\
       --model vit_large_patch14_clip_quickgelu_224.openai --pretrained \\
       --keep "aesthetic_score > 5 and nsfw_score < 0.5"
+  nemo-image curate /data/laion /data/curated --keep "width >= 200 and aspect_ratio <= 3" \\
+      --keep "caption_words >= 3 and caption_language == 'en'" --blocklist url=bad_urls.txt --dedup exact
 """
 
 
 @click.command(epilog=EXAMPLE)
 @click.argument("input_path", metavar="INPUT")
 @click.argument("output_path", metavar="OUTPUT")
-@click.option("--model", required=True, help="timm model that makes the embeddings.")
-@click.option("--pretrained", is_flag=True, help="Take the model's weights from the hub or its local cache.")
-@click.option("--weights", type=click.Path(), help="Local file of the model's weights (.safetensors, .pt, .pth).")
+@model_options(required=False)
 @click.option(
-    "--keep", "keeps", multiple=True, help="Rows to keep, as 'aesthetic_score > 5'; several are joined by and."
+    "--keep",
+    "keeps",
+    multiple=True,
+    help="Rows to keep, as 'aesthetic_score > 5' or 'clip_score in top 30%'; several are joined by and.",
 )
+@click.option(
+    "--blocklist",
+    "blocklists",
+    multiple=True,
+    metavar="[WHAT=]FILE",
+    help="Leave out what FILE lists: ids, or values of the column WHAT (url=bad.txt), or hashes of the images' bytes "
+    "(content-sha256=bad.parquet, content-xxh3=bad.csv).",
+)
+@dedup_options
+@click.option("--caption-column", help="Column of the captions. [caption, or else the tars' captions]")
 @click.option("--aesthetic/--no-aesthetic", default=None, help="Score aesthetics; by default if --keep names it.")
 @click.option("--aesthetic-weights", type=click.Path(), help="Local file of the aesthetic head's weights.")
 @click.option("--nsfw/--no-nsfw", default=None, help="Score safety; by default if --keep names it.")
 @click.option("--nsfw-weights", type=click.Path(), help="Local file of the NSFW head's weights.")
-@click.option("--batch-size", type=click.IntRange(1), help="Images at once. [default: by the device]")
-@click.option("--decode-threads", type=click.IntRange(1), default=4, show_default=True, help="Decoding threads a task.")
-@click.option("--autocast/--no-autocast", default=True, show_default=True, help="Reduced precision where harmless.")
-@click.option("--embedding-dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
 @click.option("--sidecar", "sidecars", multiple=True, help="Folder of Parquet files with further columns.")
 @click.option("--on-mismatch", type=click.Choice(["null", "drop", "raise"]), default="null", show_default=True)
-@click.option("--samples-per-shard", type=click.IntRange(1), default=10000, show_default=True)
-@click.option("--max-shards", type=click.IntRange(1), default=5, show_default=True, help="Digits of a shard's number.")
-@click.option("--old-id-col", help="Column and JSON field that keep the old ids.")
-@click.option("--keep-ids", is_flag=True, help="Keep ids and member names as they are.")
-@click.option("--shuffle-seed", type=int, help="Shuffle the output by this seed.")
+@export_options
 @click.option("--max-failure-ratio", type=click.FloatRange(0, 1), default=0.05, show_default=True)
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Take over what an earlier run finished.")
 @click.option("--retry-failed", is_flag=True, help="Compute only what failed before: shards, and quarantined images.")
 @click.option("--quarantine-bytes", is_flag=True, help="Keep bad images' bytes in the quarantine too.")
 @click.option("--part", callback=parse_part, help="Do one share of the shards: 3/16 is the third of sixteen.")
-@click.option("--replace", is_flag=True, help="Replace an earlier export of other rows or settings in OUTPUT.")
 @id_option
 @cluster_options
 @json_option
 def curate(input_path: str, output_path: str, as_json: bool, **options: Any) -> None:
-    """Embed, score and filter the shards of INPUT; write the rows that pass to OUTPUT.
+    """Embed, score, measure and filter the shards of INPUT; write the rows that pass to OUTPUT.
 
     INPUT is a folder of tars, a glob or a brace pattern, and is left as it is. OUTPUT gets full tars with Parquet
     metadata; the enriched metadata of all rows, also of those that do not pass, is in OUTPUT/_nemo_image/enriched.
     A run that was stopped is taken up by the same command.
 
+    Columns that --keep names and INPUT lacks are made: aesthetic_score, nsfw_score; width, height, aspect_ratio, blur,
+    brightness; caption_length, caption_words, caption_alphanumeric, caption_language, caption_language_score,
+    caption_count, caption_is_duplicate. A quantile (in top 30%, in bottom 5%, in top 1000) is of all rows that have a
+    value. Copies are looked for among the rows that pass everything else.
+
     With --part, each of n jobs (a Slurm array, say) computes its share of the shards; the one that finishes last
     writes the output.
     """
     started = time.monotonic()
-    expression = " and ".join(f"({text})" for text in options["keeps"])
-    for text in options["keeps"]:
-        KeepExpression(text)
+    conditions = Conditions.of([*options["keeps"], *_not_blocked(options["blocklists"])], options)
     with cluster(options["workers"], options["scheduler_address"], options["scheduler_file"]):
-        found = _curate(input_path, output_path, expression, options)
+        found = _curate(input_path, output_path, conditions, options)
     result = _result(found, input_path, output_path, time.monotonic() - started)
     print_json(result) if as_json else print_table("curate", _rows(result))
 
@@ -103,16 +118,16 @@ class _Found:
     busy: str | None = None
 
 
-def _curate(input_path: str, output_path: str, expression: str, options: dict[str, Any]) -> _Found:
+def _curate(input_path: str, output_path: str, conditions: Conditions, options: dict[str, Any]) -> _Found:
     part = options["part"]
     with run_lock(output_path, "curate", part=part):
-        lazy = _lazy(input_path, expression, options)
+        lazy = _lazy(input_path, output_path, conditions, options)
         enriched = _enrich(lazy, output_path, options)
         found = _Found(enriched.run_totals or {})
         if part is not None or options["retry_failed"]:
             found.left = lazy.pending_shards(_enriched_path(output_path))
         if part is None and not found.left:
-            found.exported = _export(enriched, output_path, expression, options)
+            found.exported = _export(enriched, output_path, conditions, options)
     if part is not None and not found.left:
         try:
             # All parts are done. Their locks are free once they have looked; the last one to look comes here alone.
@@ -120,34 +135,82 @@ def _curate(input_path: str, output_path: str, expression: str, options: dict[st
                 whole = ImageTextPairDataset.from_webdataset(
                     _enriched_path(output_path), id_col=options["id_col"], on_mismatch=options["on_mismatch"]
                 )
-                found.exported = _export(whole, output_path, expression, options)
+                found.exported = _export(whole, output_path, conditions, options)
         except OutputBusyError as error:
             found.busy = str(error)
     return found
 
 
-def _lazy(input_path: str, expression: str, options: dict[str, Any]) -> ImageTextPairDataset:
-    from nemo_image.embedders import TimmImageEmbedder
-
+def _lazy(input_path: str, output_path: str, conditions: Conditions, options: dict[str, Any]) -> ImageTextPairDataset:
     dataset = ImageTextPairDataset.from_webdataset(
         input_path, id_col=options["id_col"], sidecars=options["sidecars"], on_mismatch=options["on_mismatch"]
     )
-    named = KeepExpression(expression).columns if expression else []
-    embedder = TimmImageEmbedder(
-        options["model"],
-        pretrained=options["pretrained"],
-        weights=options["weights"],
-        batch_size=options["batch_size"] or "auto",
-        num_threads_per_worker=options["decode_threads"],
-        autocast=options["autocast"],
-        embedding_dtype=options["embedding_dtype"],
-        classifiers=_classifiers(named, list(dataset.metadata.columns), options),
-    )
-    lazy = embedder(dataset)
+    named = conditions.columns
+    classifiers = _classifiers(named, list(dataset.metadata.columns), options)
+    if options["model"] is None:
+        lazy = _without_model(dataset, classifiers, options)
+    else:
+        lazy = _embedder(classifiers, options)(dataset)
+    # After the embedder, which makes the sizes by the way; what needs all rows waits until all parts are done.
+    lazy = add_columns(lazy, [name for name in named if name not in OF_ALL_ROWS], options["caption_column"])
+    lazy = _marked(lazy, output_path, options["blocklists"])
     # Before hours of work: are the columns there that the filter needs?
-    if expression:
-        KeepExpression(expression).require_columns(list(lazy.metadata.columns))
+    conditions.require_columns(lazy)
     return lazy
+
+
+def _embedder(classifiers: list[Any], options: dict[str, Any]) -> Any:
+    column = options["caption_column"]
+    read = options["model"].startswith(OPEN_CLIP) and column is not None
+    return make_embedder(options, classifiers, [f"column:{column}"] if read else [])
+
+
+def _without_model(
+    dataset: ImageTextPairDataset, classifiers: list[Any], options: dict[str, Any]
+) -> ImageTextPairDataset:
+    """Score the embeddings that are there.
+
+    Raises
+    ------
+    ArgumentError
+        If something was asked for that needs a model.
+    """
+    given = [name for name in ("pretrained", "weights", "batch_size") if options[name] is not None]
+    if given:
+        raise ArgumentError(f"--{given[0].replace('_', '-')} is for --model, which was not given")
+    for classifier in classifiers:
+        if classifier.embedding_column not in dataset.metadata.columns:
+            raise ArgumentError(f"{classifier.pred_column} is made of embeddings, and there are none: give --model")
+        dataset = classifier(dataset)
+    return dataset
+
+
+def _parsed(blocklists: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Return, of each ``--blocklist``, the column to add, what is looked up ("" for ids), and the file."""
+    made = []
+    for number, text in enumerate(blocklists):
+        what, equals, url = text.partition("=")
+        if not equals or "/" in what:
+            what, url = "", text
+        made.append((BLOCKED if number == 0 else f"{BLOCKED}_{number + 1}", what, url))
+    return made
+
+
+def _not_blocked(blocklists: Sequence[str]) -> list[str]:
+    return [f"not {column}" for column, _, _ in _parsed(blocklists)]
+
+
+def _marked(dataset: ImageTextPairDataset, output_path: str, blocklists: Sequence[str]) -> ImageTextPairDataset:
+    """Add a column for each blocklist. The lists' hashes lie in the output: the input stays as it is."""
+    folder = files.join(output_path.rstrip("/"), FOLDER, "blocklists")
+    for column, what, url in _parsed(blocklists):
+        settings: dict[str, Any] = {"blocked_column": column, "output_dir": folder}
+        if what in CONTENT_HASHES:
+            settings["content_hash"] = CONTENT_HASHES[what]
+        elif what:
+            settings["column"] = what
+        dataset = Blocklist(url, **settings)(dataset)
+    return dataset
 
 
 def _enriched_path(output_path: str) -> str:
@@ -184,20 +247,16 @@ def _classifiers(named: list[str], present: list[str], options: dict[str, Any]) 
 
 
 def _export(
-    enriched: ImageTextPairDataset, output_path: str, expression: str, options: dict[str, Any]
+    enriched: ImageTextPairDataset, output_path: str, conditions: Conditions, options: dict[str, Any]
 ) -> dict[str, Any]:
-    chosen = keep(enriched, expression or f"{enriched.id_col} is not None")
-    exported = chosen.to_webdataset(
-        output_path,
-        filter_column=schema.KEPT,
-        samples_per_shard=options["samples_per_shard"],
-        max_shards=options["max_shards"],
-        old_id_col=options["old_id_col"],
-        keep_ids=options["keep_ids"],
-        shuffle_seed=options["shuffle_seed"],
-        replace=options["replace"],
-    )
-    return {**(exported.run_totals or {}), "shards_out": len(exported.shards)}
+    chosen = choose_rows(enriched, conditions, output_path, options["caption_column"])
+    totals = write_rows(chosen.dataset, output_path, options)
+    return {
+        **totals,
+        "thresholds": chosen.thresholds,
+        "duplicates": chosen.duplicates,
+        "ledgers": [*chosen.ledgers, totals["ledger"]],
+    }
 
 
 def _result(found: _Found, input_path: str, output_path: str, seconds: float) -> dict[str, Any]:
@@ -220,17 +279,24 @@ def _result(found: _Found, input_path: str, output_path: str, seconds: float) ->
     if kept is None:
         waits = {"shards_left": len(found.left), "shards_left_first": ", ".join(found.left[:LEFT_NAMED])}
         return {**result, **({"export": found.busy} if found.busy else waits), "ledgers": [made["ledger"]]}
+    more = {name: kept[name] for name in ("thresholds", "duplicates") if kept[name]}
     names = ("rows_filtered", "losses", "rows_out", "shards_out")
-    return {**result, **{name: kept[name] for name in names}, "ledgers": [made["ledger"], kept["ledger"]]}
+    return {**result, **more, **{name: kept[name] for name in names}, "ledgers": [made["ledger"], *kept["ledgers"]]}
 
 
 def _rows(result: dict[str, Any]) -> list[tuple[str, Any]]:
     labels = {"results": "computed", "image_errors": "images without result, by reason", "rows_out": "rows kept"}
     rows: list[tuple[str, Any]] = []
-    for name, value in result.items():
-        shown = (
-            ", ".join(f"{key}: {one:,}" for key, one in value.items()) or "none" if isinstance(value, dict) else value
-        )
-        shown = "\n".join(shown) if isinstance(shown, list) else shown
+    for name, found in result.items():
+        value = found
+        if name == "duplicates":
+            value = [f"{one['tier']}: {one['removed']:,} of {one['kept'] + one['removed']:,} judged" for one in value]
+        elif isinstance(value, dict):
+            value = ", ".join(f"{key}: {_number(one)}" for key, one in value.items()) or "none"
+        shown = "\n".join(value) if isinstance(value, list) else value
         rows.append((labels.get(name, name.replace("_", " ")), shown))
     return rows
+
+
+def _number(value: int | float | None) -> str:
+    return "none" if value is None else f"{value:,}"

@@ -63,7 +63,7 @@ def dedup(input_path: str, output_path: str | None, as_json: bool, **options: An
     metadata files in OUTPUT. `nemo-image curate --keep "not is_duplicate"` and to_webdataset leave copies out.
     """
     started = time.monotonic()
-    operators = _operators(options)
+    operators = make_operators(options)
     with cluster(options["workers"], options["scheduler_address"], options["scheduler_file"]):
         dataset = ImageTextPairDataset.from_webdataset(
             input_path, id_col=options["id_col"], sidecars=options["sidecars"]
@@ -71,7 +71,7 @@ def dedup(input_path: str, output_path: str | None, as_json: bool, **options: An
         for operator in operators:
             dataset = operator(dataset)
         saved = dataset.save_metadata(output_path)
-    found = [_account(operator.result_) for operator in operators if operator.result_ is not None]
+    found = [account(operator.result_) for operator in operators if operator.result_ is not None]
     result = {
         "input": input_path,
         "output": output_path or input_path,
@@ -82,7 +82,8 @@ def dedup(input_path: str, output_path: str | None, as_json: bool, **options: An
     print_json(result) if as_json else print_table("dedup", _rows(result))
 
 
-def _operators(options: dict[str, Any]) -> list[Any]:
+def make_operators(options: dict[str, Any]) -> list[Any]:
+    """Return the operators that the command's options ask for, in the order of their tiers."""
     tiers = [tier for tier in TIERS if tier in (options["tiers"] or ("semantic",))]
     _require_used(tiers, options)
     made: list[Any] = []
@@ -128,7 +129,7 @@ def _which_to_keep(text: str | None) -> Any:
     return column, direction == "ascending"
 
 
-def _account(result: DedupResult) -> dict[str, Any]:
+def account(result: DedupResult) -> dict[str, Any]:
     """Return a result's figures, for people and machines."""
     names = ("tier", "rows", "kept", "removed", "passed_by", "without_value", "bad_value", "folder", "duplicate_ids")
     account = {name: getattr(result, name) for name in names}

@@ -14,10 +14,14 @@ from nemo_image import __version__
 from nemo_image.errors import NemoImageError
 
 COMMANDS = {
+    "classify": "nemo_image.cli.classify",
     "curate": "nemo_image.cli.curate",
     "dedup": "nemo_image.cli.dedup",
+    "embed": "nemo_image.cli.embed",
+    "export": "nemo_image.cli.export",
     "index": "nemo_image.cli.index",
     "inspect": "nemo_image.cli.inspect",
+    "report": "nemo_image.cli.report",
     "run": "nemo_image.cli.run",
 }
 

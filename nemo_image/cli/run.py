@@ -65,7 +65,7 @@ def run(
         return
     with cluster(options["workers"], options["scheduler_address"], options["scheduler_file"]):
         results = built.run(checkpoint_path=checkpoint_path)
-    account = results.to_dict() if plan.part == "stages" else _account(results)
+    account = results.to_dict() if hasattr(results, "to_dict") else _account(results)
     if as_json:
         print_json({**account, "notes": plan.notes})
     else:

@@ -1,4 +1,4 @@
-"""Boolean expressions over columns, such as ``aesthetic_score > 5 and nsfw_score < 0.5``.
+"""Boolean expressions over columns, such as ``aesthetic_score > 5 and clip_score in top 30%``.
 
 The text is parsed as a Python expression and walked by a short list of allowed nodes; nothing of it is ever executed.
 """
@@ -6,15 +6,18 @@ The text is parsed as a Python expression and walked by a short list of allowed 
 from __future__ import annotations
 
 import ast
+import copy
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from nemo_image import schema
-from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.errors import ArgumentError, MissingColumnError
+from nemo_image.filters.quantiles import CALLS, Quantile, as_calls
 
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Lt: operator.lt,
@@ -38,7 +41,7 @@ _FUNCTIONS: dict[str, tuple[int, Callable[..., Any]]] = {
     "startswith": (2, lambda column, text: column.str.startswith(text)),
 }
 
-ALLOWED = "columns, numbers, 'text', comparisons, in [..], is None, and, or, not, + - * /, " + ", ".join(
+ALLOWED = "columns, numbers, 'text', comparisons, in [..], in top 30%, is None, and, or, not, + - * /, " + ", ".join(
     sorted(_FUNCTIONS)
 )
 
@@ -50,12 +53,16 @@ class KeepExpression:
     ----------
     text : str
         For example ``"aesthetic_score > 5 and nsfw_score < 0.5 and len(caption) >= 10"``. A comparison with a null is
-        null, and a row whose result is null is not kept.
+        null, and a row whose result is null is not kept. ``clip_score in top 30%`` (or ``bottom 5%``, ``top 1000``)
+        asks for the rows with the largest (smallest) values among all rows that have one; see
+        :func:`~nemo_image.filters.keep`.
 
     Attributes
     ----------
     columns : list of str
         The columns that it names.
+    quantiles : list of Quantile
+        Those that it asks for: their thresholds must be found in all rows before it can be applied to some.
 
     Raises
     ------
@@ -68,23 +75,45 @@ class KeepExpression:
     def __init__(self, text: str) -> None:
         self.text = text.strip()
         try:
-            self._body = ast.parse(self.text, mode="eval").body
+            self._body = ast.parse(as_calls(self.text), mode="eval").body
         except (SyntaxError, ValueError, RecursionError) as error:
             raise ArgumentError(
                 f"{text!r} is not an expression ({error}); write for example 'aesthetic_score > 5'"
             ) from error
         names: dict[str, None] = {}
+        self._quantiles: dict[Quantile, None] = {}
         self._check(self._body, names)
         self.columns = list(names)
+        self.quantiles = list(self._quantiles)
+        self._thresholds: dict[Quantile, int | float | None] = {}
         if not self.columns:
             raise ArgumentError(f"{text!r} names no column")
 
     def __call__(self, frame: pd.DataFrame) -> pd.Series:
-        """Return a boolean column without nulls: whether each row of `frame` is kept."""
+        """Return a boolean column without nulls: whether each row of `frame` is kept.
+
+        Raises
+        ------
+        ArgumentError
+            If it asks for a quantile whose threshold is not known yet, or compares what cannot be compared.
+        """
         result = self._value(self._body, frame)
         if not isinstance(result, pd.Series) or not pd.api.types.is_bool_dtype(result.dtype):
             raise ArgumentError(f"{self.text!r} is not true or false: compare the column with something")
         return result.fillna(False).astype(schema.arrow_dtype("bool"))
+
+    def with_thresholds(self, thresholds: Mapping[Quantile, int | float | None]) -> KeepExpression:
+        """Return the expression with the thresholds of its quantiles; None for a column without any value."""
+        known = copy.copy(self)
+        known._thresholds = dict(thresholds)
+        return known
+
+    def terms(self) -> list[KeepExpression]:
+        """Return the expressions that this one joins by ``and``; itself if there are no several."""
+        body = self._body
+        if not (isinstance(body, ast.BoolOp) and isinstance(body.op, ast.And)):
+            return [self]
+        return [term for value in body.values for term in KeepExpression(ast.unparse(value)).terms()]
 
     def require_columns(self, present: list[str]) -> None:
         """Raise if the expression names a column that is not there.
@@ -101,8 +130,8 @@ class KeepExpression:
                 f"{', '.join(present)}"
             )
 
-    def __dask_tokenize__(self) -> tuple[str, str]:
-        return ("KeepExpression", self.text)
+    def __dask_tokenize__(self) -> tuple[str, str, str]:
+        return ("KeepExpression", self.text, repr(sorted((str(one), at) for one, at in self._thresholds.items())))
 
     def _check(self, node: ast.expr, names: dict[str, None]) -> None:
         match node:
@@ -132,12 +161,30 @@ class KeepExpression:
         self, left: ast.expr, ops: list[ast.cmpop], comparators: list[ast.expr], names: dict[str, None]
     ) -> None:
         self._check(left, names)
-        for op, right in zip(ops, comparators, strict=True):
+        for op, before, right in zip(ops, [left, *comparators], comparators, strict=False):
+            if isinstance(op, ast.In | ast.NotIn) and isinstance(right, ast.Call):
+                self._quantiles[self._quantile(before, right)] = None
+                continue
             self._check(right, names)
             if isinstance(op, ast.Is | ast.IsNot) and not (isinstance(right, ast.Constant) and right.value is None):
                 raise ArgumentError(f"{self.text!r}: 'is' goes with None alone; compare with ==")
             if isinstance(op, ast.In | ast.NotIn) and not isinstance(right, ast.List | ast.Tuple):
-                raise ArgumentError(f"{self.text!r}: 'in' needs a list, as in shard in ['00000', '00001']")
+                raise ArgumentError(
+                    f"{self.text!r}: 'in' needs a list or a quantile, as in shard in ['00000', '00001'] and clip_score "
+                    "in top 30%"
+                )
+
+    def _quantile(self, left: ast.expr, right: ast.Call) -> Quantile:
+        match right:
+            case ast.Call(
+                func=ast.Name(id=name), args=[ast.Constant(value=str(amount)), ast.Constant(value=str(unit))]
+            ):
+                if name in CALLS and isinstance(left, ast.Name):
+                    return Quantile.of(left.id, CALLS[name], amount, unit)
+        raise ArgumentError(
+            f"{self.text!r}: a quantile is of a column by itself, and 'in' goes with a list or a quantile, as in "
+            "clip_score in top 30%"
+        )
 
     def _value(self, node: ast.expr, frame: pd.DataFrame) -> Any:
         match node:
@@ -177,16 +224,34 @@ class KeepExpression:
     def _compared(self, left: ast.expr, ops: list[ast.cmpop], comparators: list[ast.expr], frame: pd.DataFrame) -> Any:
         parts = []
         before = self._value(left, frame)
-        for op, node in zip(ops, comparators, strict=True):
+        for op, earlier, node in zip(ops, [left, *comparators], comparators, strict=False):
+            if isinstance(node, ast.Call) and isinstance(op, ast.In | ast.NotIn):
+                parts.append(self._in_quantile(op, self._quantile(earlier, node), before))
+                continue
             after = self._value(node, frame)
             parts.append(self._pair(op, before, after))
             before = after
         return self._joined(ast.And(), parts)
 
+    def _in_quantile(self, op: ast.cmpop, quantile: Quantile, values: pd.Series) -> pd.Series:
+        if quantile not in self._thresholds:
+            raise ArgumentError(
+                f"{self.text!r}: which rows are {quantile} depends on all rows of the dataset, and these are only "
+                "some: use nemo_image.filters.keep(dataset, ...) or nemo-image curate --keep"
+            )
+        threshold: Any = self._thresholds[quantile]
+        if threshold is None:
+            return pd.Series(None, values.index, schema.arrow_dtype("bool"))
+        if threshold > 2**63 - 1:
+            threshold = np.uint64(threshold)  # a plain integer would be taken for a signed one
+        inside = self._pair(ast.GtE() if quantile.side == "top" else ast.LtE(), values, threshold)
+        inside = inside.where(values.between(-math.inf, math.inf).fillna(False))  # a NaN is no value, under `not` too
+        return inside if isinstance(op, ast.In) else ~inside
+
     def _pair(self, op: ast.cmpop, left: Any, right: Any) -> pd.Series:
         try:
             result = _compare(op, left, right)
-        except (TypeError, NotImplementedError, ValueError) as error:
+        except (TypeError, NotImplementedError, ValueError, OverflowError) as error:
             raise ArgumentError(f"{self.text!r}: cannot compare these types ({str(error).splitlines()[0]})") from error
         if not isinstance(result, pd.Series):
             raise ArgumentError(f"{self.text!r}: a comparison without a column")
@@ -212,26 +277,3 @@ def _compare(op: ast.cmpop, left: Any, right: Any) -> Any:
     if isinstance(left, pd.Series) and isinstance(left.dtype, pd.CategoricalDtype):
         left = left.astype(schema.arrow_dtype("string"))
     return _COMPARISONS[type(op)](left, right)
-
-
-def keep(dataset: ImageTextPairDataset, text: str, column: str = schema.KEPT) -> ImageTextPairDataset:
-    """Add a boolean column that tells which rows an expression keeps.
-
-    Parameters
-    ----------
-    dataset : ImageTextPairDataset
-    text : str
-        See :class:`KeepExpression`.
-    column : str
-        The column to add.
-
-    Raises
-    ------
-    ArgumentError, MissingColumnError
-        If the expression is unusable with this dataset.
-    """
-    expression = KeepExpression(text)
-    expression.require_columns(list(dataset.metadata.columns))
-    expression(dataset.metadata._meta_nonempty[expression.columns])
-    kept = dataset.metadata[expression.columns].map_partitions(expression, meta=(column, schema.arrow_dtype("bool")))
-    return dataset.with_user_columns({column: kept})

@@ -10,6 +10,7 @@ try:
     from nemo_image.pipeline.results import PipelineResults
     from nemo_image.pipeline.workflows import (
         ExactDeduplicationWorkflow,
+        KeepWorkflow,
         PerceptualDeduplicationWorkflow,
         SemanticDeduplicationWorkflow,
     )
@@ -23,6 +24,7 @@ except ModuleNotFoundError as error:
 __all__ = [
     "DaskExecutor",
     "ExactDeduplicationWorkflow",
+    "KeepWorkflow",
     "PerceptualDeduplicationWorkflow",
     "Pipeline",
     "PipelineResults",

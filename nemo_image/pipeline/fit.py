@@ -33,6 +33,8 @@ MADE_BY = {
     "embedding": "ImageEmbeddingStage",
     "aesthetic_score": "ImageAestheticFilterStage",
     "nsfw_score": "ImageNSFWFilterStage",
+    "text_embedding": "ClipScoreStage",
+    "clip_score": "ClipScoreStage",
 }
 """The stage that gives an attribute, for messages."""
 

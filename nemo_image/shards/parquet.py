@@ -264,11 +264,32 @@ def table_writer(url: str, arrow_schema: pa.Schema, storage_options: StorageOpti
     (_known.get() or {}).pop(url, None)
 
 
-def count_pending(table: pa.Table, names: Iterable[str]) -> dict[str, int]:
-    """Count, for each column, the rows that have neither a value nor a reason in ``image_error``."""
+def count_pending(
+    table: pa.Table, made_by: Mapping[str, Mapping[str, Any]], computed: Iterable[str] = ()
+) -> dict[str, int]:
+    """Count, for each column, the rows that have neither a value nor a reason in ``image_error``.
+
+    Of a column whose values may be null when they are computed (its fingerprint names another, ``computed_with``), the
+    rows are counted that have no value in that other one; none where `computed` says that all rows are.
+
+    Parameters
+    ----------
+    table : pyarrow.Table
+    made_by : dict of str to dict
+        The columns' fingerprints.
+    computed : iterable of str
+        The columns of which every row of `table` has just been computed.
+    """
     pending = {}
-    for name in names:
-        null = table[name].is_null()
+    settled = set(computed)
+    for name, made in made_by.items():
+        tells = made.get(schema.COMPUTED_WITH, name)
+        if tells not in table.column_names:
+            if name in settled:
+                pending[name] = 0
+                continue
+            tells = name
+        null = table[tells].is_null()
         if schema.IMAGE_ERROR in table.column_names:
             null = pc.and_(null, table[schema.IMAGE_ERROR].is_null())
         pending[name] = 0 if name == schema.IMAGE_ERROR else int(pc.sum(null).as_py() or 0)

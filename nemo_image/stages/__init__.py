@@ -4,6 +4,8 @@ from nemo_image import errors as _errors
 
 try:
     from nemo_image.stages.base import CompositeStage, ProcessingStage, Resources
+    from nemo_image.stages.cheap_filters import BlocklistFilterStage, ImageQualityFilterStage, ImageStatsStage
+    from nemo_image.stages.clip_score import ClipScoreStage
     from nemo_image.stages.documents import ConvertImageBatchToDocumentBatchStage, ParquetWriter
     from nemo_image.stages.embedder import ImageEmbeddingStage
     from nemo_image.stages.filters import (
@@ -27,7 +29,9 @@ except ModuleNotFoundError as error:
     ) from error
 
 __all__ = [
+    "BlocklistFilterStage",
     "CaptionFilterStage",
+    "ClipScoreStage",
     "CompositeStage",
     "ConvertImageBatchToDocumentBatchStage",
     "DocumentBatch",
@@ -42,8 +46,10 @@ __all__ = [
     "ImageFilterStage",
     "ImageNSFWFilterStage",
     "ImageObject",
+    "ImageQualityFilterStage",
     "ImageReaderStage",
     "ImageSizeFilterStage",
+    "ImageStatsStage",
     "ImageWriterStage",
     "ParquetWriter",
     "ProcessingStage",

@@ -16,9 +16,8 @@ import numpy.typing as npt
 from nemo_image import schema
 from nemo_image.embedders import TimmImageEmbedder
 from nemo_image.embedders.base import finished
+from nemo_image.embedders.prepared import PreparedNetworkEmbedder
 from nemo_image.embedders.preprocess import Preprocessor, normalize, preprocess_pixels, spec_from_transform
-from nemo_image.embedders.timm import PreparedTimmEmbedder
-from nemo_image.embedders.timm_models import describe
 from nemo_image.engine import threads
 from nemo_image.engine.in_order import map_in_order
 from nemo_image.errors import ArgumentError
@@ -74,7 +73,7 @@ class ImageEmbeddingStage(ProcessingStage[ImageBatch, ImageBatch]):
     model_name: str = "openai/clip-vit-large-patch14"
     autocast: bool = True
     random_weights: bool = False
-    _embedder: PreparedTimmEmbedder | None = field(default=None, init=False, repr=False)
+    _embedder: PreparedNetworkEmbedder | None = field(default=None, init=False, repr=False)
 
     thread_safe = True
 
@@ -106,7 +105,7 @@ class ImageEmbeddingStage(ProcessingStage[ImageBatch, ImageBatch]):
             Before any task starts.
         """
         prepared = copy.copy(self)
-        prepared._embedder = self._load(context.device(self.resources.gpus))
+        prepared._embedder = self.load_embedder(context.device(self.resources.gpus))
         before = context.settled.get(self.name, {}).get("dtype")
         if before is not None:
             prepared._embedder.dtype = before
@@ -116,7 +115,8 @@ class ImageEmbeddingStage(ProcessingStage[ImageBatch, ImageBatch]):
             prepared._embedder.dtype = prepared._embedder.probed_dtype(tars[:3], first.storage_options)
         return prepared
 
-    def _load(self, device: str) -> PreparedTimmEmbedder:
+    def load_embedder(self, device: str) -> PreparedNetworkEmbedder:
+        """Find the weights, and return the embedder on a device."""
         weights = None if self.model_dir is None else provide_weights(self.model_dir, self.model_name)
         embedder = TimmImageEmbedder(
             timm_name(self.model_name),
@@ -135,9 +135,9 @@ class ImageEmbeddingStage(ProcessingStage[ImageBatch, ImageBatch]):
         """Return what makes the embeddings, as the operator says it."""
         return {} if self._embedder is None else {schema.IMAGE_EMBEDDING: self._embedder.fingerprint()}
 
-    def model_input(self) -> TimmInput | None:
+    def model_input(self) -> NetworkInput | None:
         """Return what the reader can make ahead of the model."""
-        return None if self._embedder is None else TimmInput(self._embedder)
+        return None if self._embedder is None else NetworkInput(self._embedder)
 
     # In a task -------------------------------------------------------------------------------------------------------
 
@@ -152,7 +152,7 @@ class ImageEmbeddingStage(ProcessingStage[ImageBatch, ImageBatch]):
         the operator does: other numbers of threads would give other last bits.
         """
         if self._embedder is None:
-            self._embedder = self._load("cpu")
+            self._embedder = self.load_embedder("cpu")
         self._embedder.model()
         waiting: deque[tuple[ImageBatch, int]] = deque()
         drawn = done = 0
@@ -172,7 +172,7 @@ class ImageEmbeddingStage(ProcessingStage[ImageBatch, ImageBatch]):
 
         workers = threads.task_share() if self._embedder.device == "cpu" else 1
         alone = partial(threads.set_own_torch_threads, 1)
-        work = Embedding(self._embedder)
+        work = self.work(self._embedder)
         with threads.torch_threads(1):
             for images, vectors in map_in_order(work, model_batches(), workers, alone):
                 self._note(images, vectors)
@@ -183,6 +183,10 @@ class ImageEmbeddingStage(ProcessingStage[ImageBatch, ImageBatch]):
                 yield waiting.popleft()[0]
         if self.verbose:
             logger.info("%s: %s: %d images", self.name, group.name, drawn)
+
+    def work(self, embedder: PreparedNetworkEmbedder) -> Embedding:
+        """Return what embeds images, as many as the model is to see at once."""
+        return Embedding(embedder)
 
     def _note(self, images: Sequence[ImageObject], vectors: _Vectors) -> None:
         for image, vector in zip(images, vectors, strict=True):
@@ -195,10 +199,10 @@ class ImageEmbeddingStage(ProcessingStage[ImageBatch, ImageBatch]):
                 image.prepared = {}
 
 
-class TimmInput:
-    """The input of a timm model, for the reader to make."""
+class NetworkInput:
+    """The input of a library's network, for the reader to make."""
 
-    def __init__(self, embedder: PreparedTimmEmbedder) -> None:
+    def __init__(self, embedder: PreparedNetworkEmbedder) -> None:
         self._embedder = embedder
 
     @property
@@ -214,9 +218,9 @@ class TimmInput:
 class Embedding:
     """Embeds images, as many as the model is to see at once."""
 
-    def __init__(self, embedder: PreparedTimmEmbedder) -> None:
+    def __init__(self, embedder: PreparedNetworkEmbedder) -> None:
         self.embedder = embedder
-        self.key = TimmInput(embedder).key
+        self.key = NetworkInput(embedder).key
 
     def __call__(self, images: list[ImageObject]) -> tuple[list[ImageObject], _Vectors]:
         """Return the images with the embedding of each; None where there is none: ``image_error`` says why."""
@@ -244,8 +248,7 @@ class Embedding:
     def _prepare(self, image: ImageObject) -> None:
         """Make the input of an image that the reader did not prepare, or whose pixels a stage has changed."""
         if image.holds_pixels:
-            _, transform = describe(self.embedder.model_name)
-            batch = preprocess_pixels(transform, [image.image_data])  # type: ignore[list-item]
+            batch = preprocess_pixels(self.embedder.transform, [image.image_data])  # type: ignore[list-item]
         else:
             batch = self.embedder.preprocessor("cpu", 1)([image.image_bytes])
         if batch.errors[0] is not None:
@@ -258,5 +261,5 @@ class Embedding:
 
         device = self.embedder.device
         pixels = torch.stack([image.prepared[self.key].to(device) for image in images])
-        spec = spec_from_transform(describe(self.embedder.model_name)[1])
+        spec = spec_from_transform(self.embedder.transform)
         return pixels if spec is None or pixels.dtype != torch.uint8 else normalize(pixels, spec)

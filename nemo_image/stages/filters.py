@@ -1,7 +1,8 @@
-"""Stages that keep some images and drop the others: the base of your own, and those that need no model."""
+"""Stages that keep some images and drop the others: the base of your own, those by caption, size and expression."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,10 @@ import pyarrow as pa
 from nemo_image import schema
 from nemo_image.errors import ArgumentError, ImageError
 from nemo_image.filters import KeepExpression
+from nemo_image.filters.caption_stats import LANGUAGES, caption_language, caption_lengths, require_detector
 from nemo_image.stages.base import Fields, ProcessingStage
 from nemo_image.stages.image_object import ImageObject
+from nemo_image.stages.measures import MEASURES, measure, needs
 from nemo_image.stages.tasks import ImageBatch
 
 ATTRIBUTES = {
@@ -72,12 +75,21 @@ class CaptionFilterStage(ImageFilterStage):
         In characters, without white space at the ends.
     min_words, max_words : int, optional
         In words, separated by white space.
+    min_alphanumeric : float, default 0
+        Least share of letters and digits, of any script, among the characters: 0 to 1.
+    languages : sequence of str, optional
+        ISO 639 codes, such as ``["en", "de"]``: captions in other languages are dropped. Needs py3langid.
+    min_language_score : float, default 0
+        Least probability of the language, 0 to 1.
     """
 
     min_length: int = 1
     max_length: int | None = None
     min_words: int = 0
     max_words: int | None = None
+    min_alphanumeric: float = 0.0
+    languages: Sequence[str] | None = None
+    min_language_score: float = 0.0
     name: str = "caption_filter"
 
     thread_safe = True
@@ -85,6 +97,16 @@ class CaptionFilterStage(ImageFilterStage):
     def __post_init__(self) -> None:
         _require_range("length", self.min_length, self.max_length)
         _require_range("words", self.min_words, self.max_words)
+        for name in ("min_alphanumeric", "min_language_score"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ArgumentError(f"{name} must lie from 0 to 1, not {value!r}")
+        if self.languages is not None:
+            if isinstance(self.languages, str) or not self.languages:
+                raise ArgumentError(f"languages must be a list of codes, such as ['en'], not {self.languages!r}")
+            require_detector()
+        elif self.min_language_score:
+            raise ArgumentError("min_language_score says nothing without languages")
 
     def inputs(self) -> Fields:
         """Return what the stage needs."""
@@ -92,10 +114,15 @@ class CaptionFilterStage(ImageFilterStage):
 
     def keep(self, image: ImageObject) -> bool:
         """Tell whether an image's caption is long enough, and not too long; no caption counts as an empty one."""
-        text = (image.caption or "").strip()
-        return _within(len(text), self.min_length, self.max_length) and _within(
-            len(text.split()), self.min_words, self.max_words
-        )
+        length, words, alphanumeric = caption_lengths(image.caption or "")
+        if not (_within(length, self.min_length, self.max_length) and _within(words, self.min_words, self.max_words)):
+            return False
+        if alphanumeric < self.min_alphanumeric:
+            return False
+        if self.languages is None:
+            return True
+        language, score = caption_language(image.caption or "")
+        return language in self.languages and score >= self.min_language_score
 
 
 @dataclass
@@ -148,7 +175,15 @@ class ExpressionFilterStage(ImageFilterStage):
     Parameters
     ----------
     expression : str
-        As ``nemo-image curate --keep`` takes it. Names are those of an image's attributes, or else of its metadata.
+        As ``nemo-image curate --keep`` takes it. Names are those of an image's attributes, of its metadata, or else of
+        what can be measured without a model: ``aspect_ratio``, ``blur``, ``caption_words`` … (see
+        :class:`~nemo_image.stages.ImageStatsStage`). Not a quantile, such as ``clip_score in top 30%``: a pipeline sees
+        some images at a time, and which they are depends on all.
+
+    Raises
+    ------
+    ArgumentError
+        If it is no such expression.
     """
 
     expression: str
@@ -158,10 +193,20 @@ class ExpressionFilterStage(ImageFilterStage):
 
     def __post_init__(self) -> None:
         self._parsed = KeepExpression(self.expression)
+        if self._parsed.quantiles:
+            raise ArgumentError(
+                f"{self.expression!r}: which rows are {self._parsed.quantiles[0]} depends on all rows, and a stage "
+                "sees some at a time. Let the pipeline score and write all images (filter: false), then choose among "
+                "them: with the workflow nemo_image.pipeline.KeepWorkflow in YAML, nemo-image curate --keep, or "
+                "nemo_image.filters.keep(dataset, ...) in Python"
+            )
+        if any(name in LANGUAGES for name in self._parsed.columns):
+            require_detector()
 
     def inputs(self) -> Fields:
-        """Return what the stage needs: those names that only a stage gives."""
-        return ["data"], [name for name in self._parsed.columns if name in SCORES]
+        """Return what the stage needs: those names that only a stage gives, and what measures are made of."""
+        names = self._parsed.columns
+        return ["data"], list(dict.fromkeys([*(name for name in names if name in SCORES), *needs(names)]))
 
     def keep(self, image: ImageObject) -> bool:
         """Tell whether the expression is true of an image."""
@@ -176,18 +221,39 @@ class ExpressionFilterStage(ImageFilterStage):
             If it names something that no image of the batch has.
         """
         good = [image for image in task.data if image.image_error is None or self.keeps_bad_images]
+        given = {*task.fields.names}.union(*(image.metadata for image in good))
+        wanted = [name for name in self._parsed.columns if name in MEASURES and name not in given]
+        measures = {id(image): self._measured(image, wanted) for image in good}
+        good = [image for image in good if image.image_error is None or self.keeps_bad_images]
         if not good:
             return task.with_images([])
-        kept = self._parsed(self._frame(task, good)).tolist()
+        kept = self._parsed(self._frame(task, good, wanted, measures)).tolist()
         return task.with_images([image for image, keeps in zip(good, kept, strict=True) if keeps])
 
-    def _frame(self, task: ImageBatch, images: list[ImageObject]) -> pd.DataFrame:
-        present = {*ATTRIBUTES, *task.fields.names}.union(*(image.metadata for image in images))
+    def _measured(self, image: ImageObject, names: list[str]) -> dict[str, Any]:
+        if image.image_error is not None:
+            return {}
+        try:
+            return measure(image, names)
+        except ImageError:  # decoded for the first time: `image_error` now says so
+            self.log_metric("bad images found")
+            return {}
+
+    def _frame(
+        self, task: ImageBatch, images: list[ImageObject], measured: list[str], measures: dict[int, dict[str, Any]]
+    ) -> pd.DataFrame:
+        present = {*ATTRIBUTES, *MEASURES, *task.fields.names}.union(*(image.metadata for image in images))
+        if any(image.embedding is not None for image in images):
+            present.add(schema.CLIP_SCORE)  # null where no image of the batch has a caption
         self._parsed.require_columns(sorted(present))
         columns = {}
         for name in self._parsed.columns:
-            values = [_value(image, name) for image in images]
-            array = pa.array(values, ATTRIBUTES[name]) if name in ATTRIBUTES else pa.array(values)
+            if name in measured:
+                array = pa.array([measures[id(image)].get(name) for image in images], MEASURES[name])
+            else:
+                array = pa.array([_value(image, name) for image in images], ATTRIBUTES.get(name))
+            if pa.types.is_null(array.type) and name == schema.CLIP_SCORE:
+                array = array.cast(pa.float32())
             if pa.types.is_null(array.type) and name in task.fields.names:
                 array = array.cast(task.fields.field(name).type)
             columns[name] = pd.Series(pd.arrays.ArrowExtensionArray(array))
@@ -200,6 +266,8 @@ def _value(image: ImageObject, name: str) -> Any:
         return None if size is None else size[name == schema.HEIGHT]
     if name == schema.KEY:
         return image.image_id
+    if name == schema.CLIP_SCORE and image.clip_score is not None:
+        return image.clip_score
     return getattr(image, name) if name in ATTRIBUTES else image.metadata.get(name)
 
 

@@ -65,7 +65,10 @@ class ImageObject:
 
     Attributes
     ----------
-    embedding : ndarray of float32, shape (size,), or None
+    embedding, text_embedding : ndarray of float32, shape (size,), or None
+        Of the picture, and of its caption.
+    clip_score : float or None
+        Cosine of picture and caption.
     aesthetic_score, nsfw_score : float or None
         See :mod:`nemo_image.classifiers` for the scales.
     width, height : int or None
@@ -86,6 +89,7 @@ class ImageObject:
         "_replaced",
         "aesthetic_score",
         "caption",
+        "clip_score",
         "embedding",
         "files",
         "height",
@@ -98,6 +102,7 @@ class ImageObject:
         "prepared",
         "shard",
         "source",
+        "text_embedding",
         "width",
     )
 
@@ -124,6 +129,8 @@ class ImageObject:
         self.shard = shard
         self.source = source
         self.embedding = embedding
+        self.text_embedding: Vector | None = None
+        self.clip_score: float | None = None
         self.aesthetic_score = aesthetic_score
         self.nsfw_score = nsfw_score
         self.image_error: str | None = None
@@ -259,7 +266,7 @@ class ImageObject:
         said = [f"image_path={self.image_path!r}", f"image_id={self.image_id!r}"]
         said += [
             f"{name}={getattr(self, name)!r}"
-            for name in ("aesthetic_score", "nsfw_score", "image_error")
+            for name in ("aesthetic_score", "nsfw_score", "clip_score", "image_error")
             if getattr(self, name) is not None
         ]
         return f"ImageObject({', '.join(said)})"

@@ -239,11 +239,12 @@ class _EntryReader:
 def _workflows() -> tuple[type, ...]:
     from nemo_image.pipeline.workflows import (
         ExactDeduplicationWorkflow,
+        KeepWorkflow,
         PerceptualDeduplicationWorkflow,
         SemanticDeduplicationWorkflow,
     )
 
-    return SemanticDeduplicationWorkflow, ExactDeduplicationWorkflow, PerceptualDeduplicationWorkflow
+    return SemanticDeduplicationWorkflow, ExactDeduplicationWorkflow, PerceptualDeduplicationWorkflow, KeepWorkflow
 
 
 def _nested(name: str, ours: str, written: Any, notes: list[str]) -> Any:

@@ -7,7 +7,8 @@
     caption                         if any image has one
     (metadata)                      the source's fields, and those that stages added
     width, height                   of the stored image
-    image_embedding, aesthetic_score, nsfw_score    those that a stage makes, or that any image has
+    image_embedding, text_embedding, clip_score, aesthetic_score, nsfw_score
+                                    those that a stage makes, or that any image has
     image_error
 
 A field of the source that has one of these names gives way, and keeps its values as ``source_<name>`` where it says
@@ -34,6 +35,8 @@ SOURCE_PREFIX = "source_"
 
 RESULTS = {
     schema.IMAGE_EMBEDDING: pa.list_(pa.float32()),
+    schema.TEXT_EMBEDDING: pa.list_(pa.float32()),
+    schema.CLIP_SCORE: pa.float32(),
     schema.AESTHETIC_SCORE: pa.float32(),
     schema.NSFW_SCORE: pa.float32(),
 }
@@ -76,7 +79,7 @@ class Rows:
         if not self._fields or self._fields[-1] is not fields:
             self._fields.append(fields)
         image.stored_size()
-        vector = None if image.embedding is None else np.array(image.embedding, np.float32)  # not the whole batch's
+        vectors = [_own(image.embedding), _own(image.text_embedding)]
         self._rows.append(
             _Row(
                 key,
@@ -86,7 +89,7 @@ class Rows:
                 image.original_caption,
                 image.metadata,
                 (image.width, image.height),
-                (vector, image.aesthetic_score, image.nsfw_score),
+                (*vectors, image.clip_score, image.aesthetic_score, image.nsfw_score),
                 image.image_error,
             )
         )
@@ -154,7 +157,7 @@ class Rows:
             if name not in skipped:
                 columns[name] = self._size(name, place)
         for name, column in made.items():
-            columns[name] = _vectors(column) if name == schema.IMAGE_EMBEDDING else pa.array(column, RESULTS[name])
+            columns[name] = _vectors(column) if pa.types.is_list(RESULTS[name]) else pa.array(column, RESULTS[name])
         columns[schema.IMAGE_ERROR] = _strings(one.image_error for one in self._rows)
         return in_order(columns, results)
 
@@ -228,6 +231,11 @@ def in_order(columns: Columns, results: Collection[str]) -> pa.Table:
 def shard_column(shard: str, rows: int) -> pa.DictionaryArray:
     """Return a column that says the same shard in each row."""
     return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), [encodable(shard)])
+
+
+def _own(vector: Any) -> npt.NDArray[np.float32] | None:
+    """Return a copy of a vector, which keeps no other vectors of its batch in memory."""
+    return None if vector is None else np.array(vector, np.float32)
 
 
 def free_name(name: str, taken: Collection[str]) -> str:
