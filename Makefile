@@ -9,12 +9,12 @@ DEMO_DIR ?= demo
 
 # pip's own work is kept in its cache, so that a fresh clone on the same machine downloads little.
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet
-METADATA := setup.cfg pyproject.toml
+METADATA := setup.cfg pyproject.toml setup.py $(wildcard nemo_image/embedders/preprocess/*.c)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help demo test bench lint format types contract check check-extras check-rapids check-slurm test-gpu clean distclean
+.PHONY: help demo test docs notebooks bench lint format types contract check check-extras check-rapids check-slurm test-gpu clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,6 +24,13 @@ demo: $(VENV)/.demo-installed ## Curate a small dataset of real photographs, fro
 
 test: $(VENV)/.test-installed ## Run the tests (PYTEST_ARGS="-k export")
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+docs: $(VENV)/.test-installed ## Build the pages as a site, into docs/_build/html/index.html
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky -q docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+notebooks: $(VENV)/.test-installed ## Execute the notebooks, and keep their outputs in them (NOTEBOOKS="01 03")
+	$(BIN)/python scripts/notebooks.py $(NOTEBOOKS)
 
 bench: $(VENV)/.test-installed ## Compare speeds with others', into benchmarks/results/ (BENCH_ARGS="decode --rounds 9")
 	$(BIN)/python -m benchmarks.speed $(BENCH_ARGS)
@@ -59,11 +66,11 @@ check-slurm: $(VENV)/.test-installed ## Run the Slurm scripts on a Slurm of two 
 	PYTHON=$(abspath $(BIN)/python) scripts/check_slurm.sh
 
 clean: ## Remove what the tools and the demo left
-	rm -rf $(DEMO_DIR) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(DEMO_DIR) docs/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find nemo_image tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## Remove .venv and the benchmarks' material as well
-	rm -rf $(VENV) .bench
+	rm -rf $(VENV) .bench nemo_image/embedders/preprocess/*.so
 
 # Touched last: a folder left by an interrupted call has no pip yet. The pip that Python 3.11 brings (before 23.3) takes
 # image_cpu for another extra than image-cpu, warns, and installs nothing of it.
@@ -81,7 +88,7 @@ $(VENV)/.demo-installed: $(METADATA) | $(VENV)/.made
 
 $(VENV)/.test-installed: $(METADATA) | $(VENV)/.made
 	@echo "Installing into $(VENV): some minutes and gigabytes the first time (torch)"
-	$(PIP_INSTALL) -e '.[image_cpu,dali,demo,test]'
+	$(PIP_INSTALL) -e '.[image_cpu,dali,demo,docs,test]'
 	@touch $@ $(VENV)/.demo-installed
 
 $(BIN)/uv: | $(VENV)/.made

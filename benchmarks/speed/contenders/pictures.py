@@ -15,11 +15,13 @@ def ours(tars: str, cores: int, decoder: str = "torchvision", batch: int = 32) -
 
     from nemo_image.embedders.pictures import prepared_batches
     from nemo_image.embedders.preprocess import make_preprocessor
+    from nemo_image.embedders.preprocess.resize import resizer
     from nemo_image.embedders.timm_models import describe
     from nemo_image.shards.read import ShardReader
 
     torch.set_num_threads(1)
     _, transform = describe(MODEL)
+    resized_by = {"resized by": resizer()} if decoder == "torchvision" else {}
     prepare = make_preprocessor(transform, decoder, num_threads=cores)
 
     def run() -> dict[str, Any]:
@@ -27,8 +29,8 @@ def ours(tars: str, cores: int, decoder: str = "torchvision", batch: int = 32) -
         for tar in sorted(glob.glob(f"{tars}/*.tar")):
             with ShardReader(tar) as reader:
                 images = [sample.image for sample in reader.index.samples]
-                count += sum(len(made.rows) for _, made in prepared_batches(reader, images, prepare, batch))
-        return {"count": count}
+                count += sum(len(made.rows) for _, made, *_ in prepared_batches(reader, images, prepare, batch))
+        return {"count": count, **resized_by}
 
     return run
 
@@ -77,7 +79,7 @@ def steps(tars: str, cores: int, resized: bool) -> Any:
     """Our own decoding, with the header's checks, on bytes in memory; and the resize after it."""
     from nemo_image.embedders.preprocess import spec_from_transform
     from nemo_image.embedders.preprocess.batch import empty_pixels
-    from nemo_image.embedders.preprocess.torchvision_path import resize_into
+    from nemo_image.embedders.preprocess.resize import resize_into
     from nemo_image.embedders.timm_models import describe
     from nemo_image.engine.threads import set_own_torch_threads
     from nemo_image.shards.decode import decode_rgb

@@ -23,6 +23,6 @@ def row(material: Material) -> Row:
         targets=[Rival("webdataset and Pillow transforms", at_least=2.0), Rival("decoding alone", at_least=0.85)],
         floor="decoding alone",
         floor_text="The floor is libjpeg on bytes in memory. Our decoder alone adds the checks of the header; the "
-        "resize is torch's antialiased bicubic one on uint8, which must give Pillow's pixels; reading, batches and "
-        "threads are what is left between that and ours.",
+        "resize is an antialiased bicubic one on uint8, which must give Pillow's pixels (torch's, or the compiled one "
+        "that equals it); reading, batches and threads are what is left between that and ours.",
     )
