@@ -19,6 +19,7 @@ from nemo_image.classifiers import ImageClassifier
 from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.embedders import OpenClipImageEmbedder, TimmImageEmbedder, open_clip_models
 from nemo_image.embedders import autocast as autocast_module
+from nemo_image.embedders.open_clip import PreparedOpenClipEmbedder
 from nemo_image.embedders.open_clip_models import OpenClipModel
 from nemo_image.errors import (
     ArgumentError,
@@ -222,6 +223,24 @@ def test_a_bad_picture_has_no_result_at_all(tmp_path: Path, name: str) -> None:
     assert frame["image_error"].isna().tolist() == [True, False, False]
     for column in ("image_embedding", *TEXT_COLUMNS):
         assert frame[column].notna().tolist() == [True, False, False]
+
+
+def test_a_picture_that_the_model_makes_nothing_of_has_no_result(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_dataset(tmp_path, {"a": 3})
+    original = PreparedOpenClipEmbedder.embed
+
+    def embed_all_but_one(self: Any, pixels: torch.Tensor) -> Any:
+        made = original(self, pixels)
+        made[1] = 0
+        return made
+
+    monkeypatch.setattr(PreparedOpenClipEmbedder, "embed", embed_all_but_one)
+    frame = embed(name, tmp_path)
+    assert frame["image_error"].notna().tolist() == [False, True, False]
+    for column in ("image_embedding", *TEXT_COLUMNS):
+        assert frame[column].notna().tolist() == [True, False, True]
 
 
 # ----------------------------------------------------------------------------------------------------- like timm's

@@ -63,6 +63,21 @@ def test_a_cut_changes_no_token(kind: str, theirs: Any, ours: CaptionTokenizer) 
         assert len(ours.cut(ours.clean(text))) < len(ours.clean(text))
 
 
+@pytest.mark.parametrize("kind", ["letters", "two letters", "base64", "chinese", "no spaces"])
+def test_a_cut_within_a_word_leaves_room(
+    kind: str, theirs: Any, ours: CaptionTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens_module, "CHARACTERS_A_TOKEN", 1)
+    texts = [text_of(kind, 2000)[start:] for start in range(40)]
+    assert torch.equal(ours([ours.clean(text) for text in texts]), theirs(texts))
+
+
+def test_a_caption_is_cleaned_once(theirs: Any, ours: CaptionTokenizer) -> None:
+    text = "<i> &" + "amp;" * 20 + "lt;"
+    assert ours.clean(ours.clean(text)) != ours.clean(text)
+    assert torch.equal(ours([ours.clean(text)]), theirs([text]))
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.one_of(st.text(max_size=400), st.sampled_from(WORDS)), max_size=12))
 def test_any_text_has_the_same_tokens(parts: list[str]) -> None:
