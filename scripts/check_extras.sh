@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 uv=${UV:-uv}
-extras=(image_cpu image_cuda12 image_cuda13 dali,image_cpu demo,image_cpu test,image_cpu dali,demo,image_cpu,test)
+extras=(image_cpu image_cuda12 image_cuda13 dali,image_cpu demo,image_cpu test,image_cpu docs dali,demo,docs,image_cpu,test)
 shown='^(torch|torchvision|timm|open-clip-torch|dask|distributed|pandas|pyarrow|numpy|pillow|scikit-learn|scikit-image|cudf-cu1[23]|dask-cudf-cu1[23]|cuml-cu1[23]|dask-cuda|nvidia-dali-cuda1[23]0|nvidia-nvjitlink(-cu12)?)=='
 [ $# -gt 0 ] || set -- 3.11 3.12
 

@@ -246,7 +246,7 @@ def commands() -> list[str]:
 
 
 def test_the_commands_of_the_readme_are_understood() -> None:
-    assert {line.split()[1] for line in commands()} == {"curate", "dedup", "run", "inspect", "index"}
+    assert {line.split()[1] for line in commands()} == {"curate", "dedup", "run", "inspect", "index", "report"}
     for line in commands():
         _, name, *arguments = shlex.split(line)
         command = cli.main.get_command(click.Context(cli.main), name)

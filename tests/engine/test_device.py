@@ -59,12 +59,12 @@ def test_the_configuration_decides(workers: Any) -> None:
     with dask.config.set({backend.BACKEND_KEY: "cpu"}):
         assert worker_device() == "cpu"
     workers(**{f"w{number}": False for number in range(5)})
-    with dask.config.set({backend.BACKEND_KEY: "gpu"}):
-        with pytest.raises(ClusterError, match="no GPU is seen by w0, w1, w2 and 2 more"):
-            worker_device()
-    with dask.config.set({backend.BACKEND_KEY: "tpu"}):
-        with pytest.raises(ArgumentError, match=r"nemo-image\.backend='tpu': use 'auto', 'cpu' or 'gpu'"):
-            worker_device()
+    no_gpu = pytest.raises(ClusterError, match="no GPU is seen by w0, w1, w2 and 2 more")
+    with dask.config.set({backend.BACKEND_KEY: "gpu"}), no_gpu:
+        worker_device()
+    no_such = pytest.raises(ArgumentError, match=r"nemo-image\.backend='tpu': use 'auto', 'cpu' or 'gpu'")
+    with dask.config.set({backend.BACKEND_KEY: "tpu"}), no_such:
+        worker_device()
 
 
 def test_without_a_client_this_process_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
