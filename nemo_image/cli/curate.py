@@ -27,7 +27,7 @@ from nemo_image.engine.run_lock import run_lock
 from nemo_image.errors import ArgumentError, OutputBusyError
 from nemo_image.filters import Blocklist, add_columns
 from nemo_image.filters.blocklist import BLOCKED
-from nemo_image.filters.choose import OF_ALL_ROWS
+from nemo_image.filters.choose import MADE_BY_FILTERS, OF_ALL_ROWS
 from nemo_image.shards import files
 
 PARTS_WAIT_S = 600
@@ -147,6 +147,8 @@ def _lazy(input_path: str, output_path: str, conditions: Conditions, options: di
     )
     named = conditions.columns
     classifiers = _classifiers(named, list(dataset.metadata.columns), options)
+    # A misspelt name is said before a model is built; what can be made still may not be, and is looked at again below.
+    conditions.require_names([*dataset.metadata.columns, *_made(classifiers, options)])
     if options["model"] is None:
         lazy = _without_model(dataset, classifiers, options)
     else:
@@ -157,6 +159,17 @@ def _lazy(input_path: str, output_path: str, conditions: Conditions, options: di
     # Before hours of work: are the columns there that the filter needs?
     conditions.require_columns(lazy)
     return lazy
+
+
+def _made(classifiers: list[Any], options: dict[str, Any]) -> list[str]:
+    """Return the columns that the options can add to those of the input."""
+    made = [*MADE_BY_FILTERS, schema.IMAGE_ERROR, *(one.pred_column for one in classifiers)]
+    made += [column for column, _, _ in _parsed(options["blocklists"])]
+    if options["model"] is not None:
+        made += [schema.IMAGE_EMBEDDING, schema.WIDTH, schema.HEIGHT]
+        if options["model"].startswith(OPEN_CLIP):
+            made += [schema.TEXT_EMBEDDING, schema.CLIP_SCORE, schema.CLIP_CAPTION]
+    return list(dict.fromkeys(made))
 
 
 def _embedder(classifiers: list[Any], options: dict[str, Any]) -> Any:

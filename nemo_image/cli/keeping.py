@@ -147,6 +147,17 @@ class Conditions:
         early = [name for term in self.early for name in term.columns]
         return list(dict.fromkeys([*early, *late, *self.order_columns]))
 
+    def require_names(self, known: Sequence[str]) -> None:
+        """Raise if a condition names a column that is not known.
+
+        Raises
+        ------
+        MissingColumnError
+            Naming it, and those that are known.
+        """
+        for term in [*self.early, *self.late]:
+            term.require_columns(list(dict.fromkeys([*known, *OF_DEDUP])))
+
     def require_columns(self, dataset: ImageTextPairDataset) -> None:
         """Raise if a column is neither there nor made later.
 

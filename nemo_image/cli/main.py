@@ -73,5 +73,8 @@ def main(verbose: bool) -> None:
     # Dask sets its loggers' level when it is imported, here and in the workers that it starts.
     os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "warning")
     # Libraries say much at this level that is not about the user's data.
-    for name in ("distributed", "timm", "fsspec", "httpx", "huggingface_hub"):
+    for name in ("distributed", "timm", "fsspec"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Each of their many tries to reach the hub is a warning; our own error then says what to do.
+    for name in ("httpx", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)

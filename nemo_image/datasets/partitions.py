@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ import cloudpickle
 
 from nemo_image import backend, schema
 from nemo_image.datasets.load import HERE, ShardLoader, loading
-from nemo_image.engine.run import Shared, run_tasks
+from nemo_image.engine.run import Shared, run_tasks, unpickled
 
 
 class PartitionTask:
@@ -58,13 +57,13 @@ class _PickledTask:
         self.row_by_row = row_by_row
 
     def __call__(self) -> Any:
-        return pickle.loads(self._task)({})
+        return unpickled(self._task)({})
 
 
 @functools.lru_cache(maxsize=4)
 def _unpickled(pattern: bytes) -> Any:
     """Return a pattern's task. All tasks of a process share it, as the threads of one process share a task's parts."""
-    return pickle.loads(pattern)
+    return unpickled(pattern)
 
 
 class ShardTasks:

@@ -11,6 +11,7 @@ import io
 import itertools
 import logging
 import pickle
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ logger = logging.getLogger("nemo_image")
 Item = TypeVar("Item")
 Record = TypeVar("Record")
 
+_unpickling = threading.RLock()
 _no_client: contextvars.ContextVar[bool] = contextvars.ContextVar("nemo_image_no_client", default=False)
 
 TASKS_PER_THREAD = 3
@@ -274,7 +276,19 @@ class _Unpickled:
         self._shared = shared
 
     def __call__(self, item: bytes) -> Any:
-        return pickle.loads(self._function)(_Unpickler(io.BytesIO(item), self._shared).load())
+        with _unpickling:
+            given = _Unpickler(io.BytesIO(item), self._shared).load()
+        return unpickled(self._function)(given)
+
+
+def unpickled(data: bytes) -> Any:
+    """Return what was pickled, by one thread of the process at a time.
+
+    The first task imports our modules by it. Two threads that import the same modules in another order see each other's
+    halves: Python lets one of them go on, where both would wait for ever.
+    """
+    with _unpickling:
+        return pickle.loads(data)
 
 
 class _Raised:

@@ -57,7 +57,7 @@ def _words(mean: np.ndarray) -> list[str]:
 
 
 def test_names() -> None:
-    assert nemo_image.classifiers.__all__ == ["AestheticClassifier", "ImageClassifier", "NsfwClassifier"]
+    assert nemo_image.classifiers.__all__ == ["AestheticClassifier", "ImageClassifier", "NsfwClassifier", "ZeroShotTagger"]
 
 
 @pytest.mark.parametrize("batch_size", [-1, 1, 4, 100])

@@ -314,3 +314,13 @@ def test_copies_are_ordered_by_what_is_made_on_the_way(mixed: Path, tmp_path: Pa
     kept = set(frame_of(tmp_path / "out")["key"])
     assert {"0000", "0001"} & kept == {"0000"}  # the shorter of two captions
     assert {"0005", "0006"} & kept == {"0005"}
+
+
+def test_a_misspelt_column_is_said_before_a_model_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nemo_image.cli.curate.make_embedder", lambda *given: pytest.fail("a model was built"))
+    source = make_dataset(tmp_path / "in", {"a": 2})
+    ran = CliRunner().invoke(
+        main, ["curate", str(source), str(tmp_path / "out"), "--model", "test_vit", "--keep", "hight > 3 and width > 1"]
+    )
+    assert ran.exit_code != 0
+    assert "'hight'" in str(ran.exception) + ran.output

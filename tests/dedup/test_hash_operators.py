@@ -19,7 +19,7 @@ from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.dedup import ExactDedup, PerceptualDedup, SemanticDedup
 from nemo_image.errors import ArgumentError, DatasetError, MissingColumnError, RunError
 from tests.dedup.makers import computed
-from tests.makers import encoded, picture, write_rows, write_tar
+from tests.makers import encoded, make_dataset, picture, write_rows, write_tar
 
 VERDICT = ["is_duplicate", "duplicate_of", "duplicate_of_shard", "duplicate_tier"]
 
@@ -284,3 +284,23 @@ def test_rows_are_never_judged_by_position(tmp_path: Path, images: Any) -> None:
         table = pq.read_table(path)
         pq.write_table(table.take(rng.permutation(len(table))), path)
     assert verdict(computed(ExactDedup()(ImageTextPairDataset.from_webdataset(str(tmp_path))))) == wanted
+
+
+@pytest.mark.parametrize("operator", [ExactDedup, PerceptualDedup])
+def test_no_row_at_all(operator: Any, tmp_path: Path) -> None:
+    dataset = ImageTextPairDataset.from_webdataset(make_dataset(tmp_path / "in", {"a": 3}))
+    dataset.metadata = dataset.metadata[dataset.metadata["seed"] < 0]
+    made = operator()(dataset)
+    found = made.metadata.compute()
+    assert len(found) == 0
+    assert {"is_duplicate", "duplicate_of", "duplicate_tier"} <= set(found.columns)
+
+
+def test_no_row_has_a_hash(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [(f"{number:06d}", {"jpg": b""}) for number in range(3)])
+    write_rows(tmp_path / "a.parquet", {"key": [f"{number:06d}" for number in range(3)]})
+    found = PerceptualDedup()(ImageTextPairDataset.from_webdataset(tmp_path)).metadata.compute()
+    assert len(found) == 3
+    assert found["image_error"].notna().all()
+    assert found["duplicate_of"].isna().all()
+    assert not found["is_duplicate"].fillna(False).any()

@@ -128,6 +128,9 @@ class GatherRange:
             for shard, table in self._shards(group, found.slice(start, stop - start)):
                 parquet.write_table(files.join(self.folder, ROWS, shard + ".parquet"), table, None, options)
                 removed.append(self._removed(shard, table))
+        if not removed:  # no row at all: the columns still tell what there would be
+            members = parquet.read_table(members_url(self.scattered, groups[0].number), None, options)
+            removed = [self._removed("", self._table(members, found, np.zeros(0, np.int64)))]
         duplicates = pa.concat_tables(removed)
         url = files.join(self.folder, DUPLICATES, f"part-{number:05d}.parquet")
         parquet.write_table(url, duplicates.unify_dictionaries(), None, options)

@@ -147,14 +147,33 @@ def _judge(work: Work, folder: str, settings: HashSettings) -> DedupResult:
     scattered = scatter(scattering, list(make_groups(counts, tasks, ROW_BYTES)), "bring hashes together")
     ranges = range_of_groups(scattered)
     urls = [url for one in scattered for url in one.urls]
+    write = WriteFound(folder, ranges, options)
     if urls:
-        solving = SolveHashes(urls, settings, WriteFound(folder, ranges, options), options)
+        solving = SolveHashes(urls, settings, write, options)
         run_all(
             "compare hashes", solving, range(buckets), buckets, name_of=lambda number: f"bucket {number}", rows_of=int
         )
-    gathering = GatherRange(folder, folder, work.source.id_col, buckets if urls else 0, settings.tier, options)
+    else:  # no row has a hash
+        buckets = 1
+        write(0, _nothing_found(work, settings))
+    gathering = GatherRange(folder, folder, work.source.id_col, buckets, settings.tier, options)
     gathered = gather(gathering, ranges)
     return _result(work, folder, settings, scattered, sum(one.removed for one in gathered))
+
+
+def _nothing_found(work: Work, settings: HashSettings) -> pa.Table:
+    """Return what :class:`SolveHashes` writes, without rows."""
+    id_type = schema.plain_type(backend.arrow_type_of(work.dataset.metadata._meta[settings.id_column]))
+    kinds = {
+        "row": pa.int64(),
+        schema.IS_DUPLICATE: pa.bool_(),
+        schema.DUPLICATE_OF: id_type,
+        schema.DUPLICATE_OF_SHARD: pa.string(),
+        settings.column: pa.string(),
+    }
+    if settings.max_distance is not None:
+        kinds[DISTANCE] = pa.int32()
+    return pa.schema(kinds.items()).empty_table()
 
 
 def _result(work: Work, folder: str, settings: HashSettings, groups: list[Scattered], removed: int) -> DedupResult:

@@ -14,12 +14,19 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Loops for any processor, for AVX2, and for AVX-512 with its instruction for sums of two products (VNNI). */
+enum { PORTABLE, WITH_AVX2, WITH_AVX512 };
+
 #if defined(__x86_64__) && defined(__GNUC__)
-#define HAS_AVX2 __builtin_cpu_supports("avx2")
 #define AVX2 __attribute__((target("avx2")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vnni")))
 #include <immintrin.h>
+static int best_level(void) {
+    if (!__builtin_cpu_supports("avx2")) return PORTABLE;
+    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni") ? WITH_AVX512 : WITH_AVX2;
+}
 #else
-#define HAS_AVX2 0
+static int best_level(void) { return PORTABLE; }
 #endif
 
 enum { STRIP = 8, SMALLEST_BITS = 15, MOST_PLACES = 22, WIDEST_SPREAD = 1 << 16 };
@@ -128,7 +135,7 @@ static void filter_rows(const uint8_t *rows, int64_t stride, const Axis *axis, u
     }
 }
 
-/* Makes one row of `bytes` bytes from `size` rows, which may be read up to the next multiple of 32. */
+/* Makes one row of `bytes` bytes from `size` rows, which may be read up to the next multiple of 64. */
 static void filter_columns(const uint8_t *rows, int64_t stride, int64_t bytes, const int16_t *weights, int64_t size,
                            int places, uint8_t *out) {
     for (int64_t i = 0; i < bytes; i += 32) {
@@ -225,7 +232,136 @@ AVX2 static void filter_columns_avx2(const uint8_t *rows, int64_t stride, int64_
     }
 }
 
+/* The same with registers of twice the width: four rows, and 64 bytes of a row, instead of two and 32. */
+
+AVX512 static inline __m512i two_weights_512(const int16_t *weights) {
+    int32_t both;
+    memcpy(&both, weights, sizeof both);
+    return _mm512_set1_epi32(both);
+}
+
+AVX512 static inline __m512i to_16_bits(__m512i a, __m512i b, __m128i places) {
+    return _mm512_packs_epi32(_mm512_sra_epi32(a, places), _mm512_sra_epi32(b, places));
+}
+
+AVX512 static inline __m512i four_rows(const uint8_t *rows, int64_t stride) {
+    __m512i four = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)rows));
+    four = _mm512_inserti32x4(four, _mm_loadu_si128((const __m128i *)(rows + stride)), 1);
+    four = _mm512_inserti32x4(four, _mm_loadu_si128((const __m128i *)(rows + 2 * stride)), 2);
+    return _mm512_inserti32x4(four, _mm_loadu_si128((const __m128i *)(rows + 3 * stride)), 3);
+}
+
+AVX512 static void spread_rows_512(const uint8_t *rows, int64_t stride, int64_t pixels, __m512i *spread) {
+    const __m512i pair = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1));
+    const __m512i next = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1));
+    for (int64_t x = 0; x < pixels; x += 4, rows += 12, spread += 4) {
+        const __m512i upper = four_rows(rows, stride), lower = four_rows(rows + 4 * stride, stride);
+        _mm512_store_si512(spread, _mm512_shuffle_epi8(upper, pair));
+        _mm512_store_si512(spread + 1, _mm512_shuffle_epi8(lower, pair));
+        _mm512_store_si512(spread + 2, _mm512_shuffle_epi8(upper, next));
+        _mm512_store_si512(spread + 3, _mm512_shuffle_epi8(lower, next));
+    }
+}
+
+/* One output of eight rows, 16 bits each: in every quarter r g b 0 of one of the upper rows, then of a lower one. */
+AVX512 static inline __m512i filter_once_512(const __m512i *spread, const Axis *axis, int64_t x) {
+    const __m512i *p = spread + (axis->first[x] - axis->low);
+    const int16_t *w = axis->weights + x * axis->taps;
+    __m512i upper = _mm512_set1_epi32(1 << axis->places >> 1), lower = upper;
+    for (int64_t t = 0; t < axis->taps; t += 2, p += 2) {
+        const __m512i both = two_weights_512(w + t);
+        upper = _mm512_dpwssd_epi32(upper, p[0], both);
+        lower = _mm512_dpwssd_epi32(lower, p[1], both);
+    }
+    return to_16_bits(upper, lower, _mm_cvtsi32_si128(axis->places));
+}
+
+AVX512 static inline void store_rows(__m512i four, uint8_t *out, int64_t stride) {
+    _mm_storeu_si128((__m128i *)out, _mm512_castsi512_si128(four));
+    _mm_storeu_si128((__m128i *)(out + stride), _mm512_extracti32x4_epi32(four, 1));
+    _mm_storeu_si128((__m128i *)(out + 2 * stride), _mm512_extracti32x4_epi32(four, 2));
+    _mm_storeu_si128((__m128i *)(out + 3 * stride), _mm512_extracti32x4_epi32(four, 3));
+}
+
+/* Four outputs at a time. Writes up to 13 bytes beyond each row. */
+AVX512 static void filter_rows_512(const __m512i *spread, const Axis *axis, uint8_t *out, int64_t out_stride) {
+    const __m512i without_zeros = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1));
+    const int64_t last = axis->count - 1;
+    for (int64_t x = 0; x <= last; x += 4, out += 12) {
+        __m512i sums[4];
+        for (int k = 0; k < 4; k++) sums[k] = filter_once_512(spread, axis, x + k < last ? x + k : last);
+        const __m512 ab = _mm512_castsi512_ps(_mm512_packus_epi16(sums[0], sums[1]));
+        const __m512 cd = _mm512_castsi512_ps(_mm512_packus_epi16(sums[2], sums[3]));
+        const __m512i upper = _mm512_castps_si512(_mm512_shuffle_ps(ab, cd, _MM_SHUFFLE(2, 0, 2, 0)));
+        const __m512i lower = _mm512_castps_si512(_mm512_shuffle_ps(ab, cd, _MM_SHUFFLE(3, 1, 3, 1)));
+        store_rows(_mm512_shuffle_epi8(upper, without_zeros), out, out_stride);
+        store_rows(_mm512_shuffle_epi8(lower, without_zeros), out + 4 * out_stride, out_stride);
+    }
+}
+
+AVX512 static void filter_columns_512(const uint8_t *rows, int64_t stride, int64_t bytes, const int16_t *weights,
+                                      int64_t size, int places, uint8_t *out) {
+    const __m512i zero = _mm512_setzero_si512(), half = _mm512_set1_epi32(1 << places >> 1);
+    const __m128i shift = _mm_cvtsi32_si128(places);
+    for (int64_t i = 0; i < bytes; i += 64) {
+        __m512i a = half, b = half, c = half, d = half;
+        for (int64_t t = 0; t < size; t += 2) {
+            const uint8_t *row = rows + t * stride + i, *next = t + 1 < size ? row + stride : row;
+            const __m512i x = _mm512_loadu_si512(row), y = _mm512_loadu_si512(next);
+            const __m512i low = _mm512_unpacklo_epi8(x, y), high = _mm512_unpackhi_epi8(x, y);
+            const __m512i both = two_weights_512(weights + t);
+            a = _mm512_dpwssd_epi32(a, _mm512_unpacklo_epi8(low, zero), both);
+            b = _mm512_dpwssd_epi32(b, _mm512_unpackhi_epi8(low, zero), both);
+            c = _mm512_dpwssd_epi32(c, _mm512_unpacklo_epi8(high, zero), both);
+            d = _mm512_dpwssd_epi32(d, _mm512_unpackhi_epi8(high, zero), both);
+        }
+        const __m512i sums = _mm512_packus_epi16(to_16_bits(a, b, shift), to_16_bits(c, d, shift));
+        const __mmask64 there = bytes - i >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << (bytes - i)) - 1;
+        _mm512_mask_storeu_epi8(out + i, there, sums);
+    }
+}
+
 #endif
+
+/* Filters STRIP rows; `room` is where they may be spread. */
+static void filter_strip(const uint8_t *rows, int64_t stride, int64_t span, const Axis *axis, void *room, uint8_t *out,
+                         int64_t out_stride, int level) {
+#ifdef AVX2
+    const uint8_t *read = rows + 3 * axis->low;
+    if (level == WITH_AVX512) {
+        spread_rows_512(read, stride, span, room);
+        filter_rows_512(room, axis, out, out_stride);
+        return;
+    }
+    if (level == WITH_AVX2) {
+        spread_rows(read, stride, span, room);
+        filter_rows_avx2(room, axis, out, out_stride);
+        return;
+    }
+#endif
+    (void)span, (void)room, (void)level;
+    filter_rows(rows, stride, axis, out, out_stride);
+}
+
+static void make_row(const uint8_t *rows, int64_t stride, int64_t bytes, const Axis *axis, int64_t y, uint8_t *out,
+                     int level) {
+    const int16_t *weights = axis->weights + y * axis->taps;
+#ifdef AVX2
+    if (level == WITH_AVX512) {
+        filter_columns_512(rows, stride, bytes, weights, axis->size[y], axis->places, out);
+        return;
+    }
+    if (level == WITH_AVX2) {
+        filter_columns_avx2(rows, stride, bytes, weights, axis->size[y], axis->places, out);
+        return;
+    }
+#endif
+    (void)level;
+    filter_columns(rows, stride, bytes, weights, axis->size[y], axis->places, out);
+}
 
 typedef struct {
     uint8_t *pixels;
@@ -233,14 +369,15 @@ typedef struct {
 } Picture;
 
 /* Makes the window from the two axes, row by row; filtered rows are kept as long as they are needed. */
-static int make_window(const Picture *from, const Picture *to, const Axis *across, const Axis *down, int vectorized) {
+static int make_window(const Picture *from, const Picture *to, const Axis *across, const Axis *down, int level) {
     const int64_t span = (across->end - across->low + 3) / 4 * 4;       /* pixels of a row that are read */
     const int64_t reach = 3 * (across->low + span) + 4;                 /* bytes of a row that may be touched */
-    const int64_t line = (3 * across->count + 63) / 32 * 32;            /* bytes of a filtered row */
+    const int64_t line = (3 * across->count + 76) / 64 * 64;            /* bytes of a filtered row */
     const int64_t room = 2 * (down->longest + STRIP);                   /* filtered rows that are kept */
-    uint8_t *filtered = calloc(room, line), *edge = calloc(STRIP, reach), *spread = NULL;
-    if (vectorized) spread = malloc(span / 2 * (STRIP / 2) * 32 + 32);
-    const int ready = filtered && edge && (spread || !vectorized);
+    uint8_t *filtered = calloc(room, line), *edge = calloc(STRIP, reach);
+    uint8_t *spread = level == PORTABLE ? NULL : malloc(span / 2 * STRIP * 16 + 64);
+    void *aligned = (void *)(((uintptr_t)spread + 63) / 64 * 64);
+    const int ready = filtered && edge && (spread || level == PORTABLE);
     int64_t base = down->first[0], done = base; /* the filtered rows are base .. done */
     for (int64_t y = 0; ready && y < to->height; y++) {
         const int64_t first = down->first[y], size = down->size[y];
@@ -259,25 +396,10 @@ static int make_window(const Picture *from, const Picture *to, const Axis *acros
                 rows = edge;
                 stride = reach;
             }
-            uint8_t *made = filtered + (done - base) * line;
-#ifdef AVX2
-            if (vectorized) {
-                __m256i *aligned = (__m256i *)(((uintptr_t)spread + 31) / 32 * 32);
-                spread_rows(rows + 3 * across->low, stride, span, aligned);
-                filter_rows_avx2(aligned, across, made, line);
-            } else
-#endif
-                filter_rows(rows, stride, across, made, line);
+            filter_strip(rows, stride, span, across, aligned, filtered + (done - base) * line, line, level);
             done = done + STRIP < from->height ? done + STRIP : from->height;
         }
-        const uint8_t *rows = filtered + (first - base) * line;
-        uint8_t *out = to->pixels + y * to->stride;
-#ifdef AVX2
-        if (vectorized)
-            filter_columns_avx2(rows, line, 3 * to->width, down->weights + y * down->taps, size, down->places, out);
-        else
-#endif
-            filter_columns(rows, line, 3 * to->width, down->weights + y * down->taps, size, down->places, out);
+        make_row(filtered + (first - base) * line, line, 3 * to->width, down, y, to->pixels + y * to->stride, level);
     }
     free(filtered);
     free(edge);
@@ -303,7 +425,7 @@ static int as_picture(PyObject *object, int flags, const char *name, Py_buffer *
 }
 
 static PyObject *resize_pictures(const Picture *from, const Picture *to, int64_t height, int64_t width, int64_t top,
-                                 int64_t left, int bicubic, int vectorized) {
+                                 int64_t left, int bicubic, int level) {
     if (height < 1 || width < 1 || height > INT32_MAX || width > INT32_MAX || top < 0 || left < 0 ||
         top > height - to->height || left > width - to->width) {
         PyErr_SetString(PyExc_ValueError, "the window must lie inside the resized picture");
@@ -314,8 +436,8 @@ static PyObject *resize_pictures(const Picture *from, const Picture *to, int64_t
     Py_BEGIN_ALLOW_THREADS
     if (make_axis(&across, from->width, width, left, to->width, bicubic, 1) &&
         make_axis(&down, from->height, height, top, to->height, bicubic, 0)) {
-        const int fits = HAS_AVX2 && across.end - across.low <= WIDEST_SPREAD;
-        made = make_window(from, to, &across, &down, vectorized && fits);
+        const int fits = across.end - across.low <= WIDEST_SPREAD;
+        made = make_window(from, to, &across, &down, fits ? level : PORTABLE);
     }
     free_axis(&across);
     free_axis(&down);
@@ -327,27 +449,29 @@ static PyObject *resize_pictures(const Picture *from, const Picture *to, int64_t
 static PyObject *resize(PyObject *module, PyObject *args) {
     PyObject *source, *target, *result = NULL;
     Py_ssize_t height, width, top, left;
-    int bicubic, vectorized;
+    int bicubic, level;
     Py_buffer source_view, target_view;
     Picture from, to;
     (void)module;
-    if (!PyArg_ParseTuple(args, "OOnnnnpp", &source, &target, &height, &width, &top, &left, &bicubic, &vectorized) ||
+    if (!PyArg_ParseTuple(args, "OOnnnnpi", &source, &target, &height, &width, &top, &left, &bicubic, &level) ||
         !as_picture(source, PyBUF_STRIDED_RO, "source", &source_view, &from))
         return NULL;
+    level = level < PORTABLE ? PORTABLE : level < best_level() ? level : best_level();
     if (as_picture(target, PyBUF_STRIDED, "target", &target_view, &to)) {
-        result = resize_pictures(&from, &to, height, width, top, left, bicubic, vectorized);
+        result = resize_pictures(&from, &to, height, width, top, left, bicubic, level);
         PyBuffer_Release(&target_view);
     }
     PyBuffer_Release(&source_view);
     return result;
 }
 
-static int set_up(PyObject *module) { return PyModule_AddIntConstant(module, "AVX2", HAS_AVX2 ? 1 : 0); }
+static int set_up(PyObject *module) { return PyModule_AddIntConstant(module, "LEVEL", best_level()); }
 
 static PyMethodDef methods[] = {
     {"resize", resize, METH_VARARGS,
-     "resize(source, target, height, width, top, left, bicubic, vectorized)\n\n"
-     "Fill target, uint8 [h, w, 3], with the window at (top, left) of source resized to height x width."},
+     "resize(source, target, height, width, top, left, bicubic, level)\n\n"
+     "Fill target, uint8 [h, w, 3], with the window at (top, left) of source resized to height x width.\n"
+     "level: 0 for any processor, 1 for AVX2, 2 for AVX-512; LEVEL, the best that runs here, instead of a higher one."},
     {0},
 };
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)set_up}, {0}};

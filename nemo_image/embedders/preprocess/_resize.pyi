@@ -1,6 +1,6 @@
 from typing_extensions import Buffer
 
-AVX2: int
+LEVEL: int
 
 def resize(
     source: Buffer,
@@ -10,6 +10,6 @@ def resize(
     top: int,
     left: int,
     bicubic: bool,
-    vectorized: bool,
+    level: int,
     /,
 ) -> None: ...

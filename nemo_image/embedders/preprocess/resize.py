@@ -20,16 +20,20 @@ try:
 except ImportError:  # not built
     _compiled = None
 
+Resizer = Literal["avx512", "avx2", "portable", "torch"]
+
 OPERATORS = {"bilinear": "_upsample_bilinear2d_aa", "bicubic": "_upsample_bicubic2d_aa"}
 INTERPOLATIONS = frozenset(OPERATORS)
 """Filters that torch's antialiased uint8 resize has, in every version that we run with."""
 
 
-def resizer() -> Literal["avx2", "portable", "torch"]:
-    """Tell what resizes in this process: our compiled loops, for AVX2 or for any processor, or torch."""
-    if _compiled is None:
-        return "torch"
-    return "avx2" if _compiled.AVX2 else "portable"
+LEVELS: tuple[Resizer, ...] = ("portable", "avx2", "avx512")
+"""What the compiled loops are for, by the extension's numbers."""
+
+
+def resizer() -> Resizer:
+    """Tell what resizes in this process: our compiled loops, for AVX-512, AVX2 or any processor, or torch."""
+    return "torch" if _compiled is None else LEVELS[_compiled.LEVEL]
 
 
 def resize_into(picture: torch.Tensor, plan: ResizePlan, spec: PreprocessSpec, out: torch.Tensor) -> None:
@@ -59,9 +63,7 @@ def resize_into(picture: torch.Tensor, plan: ResizePlan, spec: PreprocessSpec, o
         _resize_compiled(picture, plan, spec.interpolation, out)
 
 
-def _resize_compiled(
-    picture: torch.Tensor, plan: ResizePlan, interpolation: str, out: torch.Tensor, vectorized: bool = True
-) -> None:
+def _resize_compiled(picture: torch.Tensor, plan: ResizePlan, interpolation: str, out: torch.Tensor) -> None:
     """Write the part of the window that the picture covers; it begins at the window's start, or at the picture's."""
     assert _compiled is not None
     source, target = picture.permute(1, 2, 0), out.permute(1, 2, 0)
@@ -76,7 +78,7 @@ def _resize_compiled(
         max(plan.crop_top, 0),
         max(plan.crop_left, 0),
         interpolation == "bicubic",
-        vectorized,
+        _compiled.LEVEL,
     )
     if made is not target:
         target.copy_(made)
