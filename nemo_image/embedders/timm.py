@@ -107,9 +107,9 @@ class TimmImageEmbedder(NetworkEmbedder):
         ------
         ArgumentError, WeightsError
         """
-        super().check_arguments()
         if self.pretrained and self.weights is not None:
             raise ArgumentError("give weights=<a file> or pretrained=True, not both")
+        super().check_arguments()
 
     def check_network(self) -> None:
         """Raise if timm has no such model.

@@ -31,6 +31,8 @@ compiled = resize._compiled
 needs_it = pytest.mark.skipif(compiled is None, reason="the extension is not built: there was no C compiler")
 SPEC = PreprocessSpec("shortest", (64, 64), (64, 64), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
+levels = range(1 + (0 if compiled is None else compiled.LEVEL))
+
 side = st.integers(1, 40) | st.integers(1, 400)
 share = st.floats(0, 1)
 
@@ -49,14 +51,14 @@ def whole(pixels: Pixels, height: int, width: int, bicubic: bool) -> Pixels:
 
 
 def window(
-    pixels: Pixels, size: tuple[int, int], box: tuple[int, int, int, int], bicubic: bool, vectorized: bool
+    pixels: Pixels, size: tuple[int, int], box: tuple[int, int, int, int], bicubic: bool, level: int
 ) -> Pixels:
     """Resize with the extension, and check that nothing is written around the window."""
     assert compiled is not None
     top, left, height, width = box
     paper = np.full((height + 2, width + 2, 3), 77, np.uint8)
     made = paper[1:-1, 1:-1]
-    compiled.resize(pixels, made, *size, top, left, bicubic, vectorized)
+    compiled.resize(pixels, made, *size, top, left, bicubic, level)
     rim = paper.copy()
     rim[1:-1, 1:-1] = 77
     assert (rim == 77).all()
@@ -85,17 +87,17 @@ def test_any_window_of_any_size_is_torchvisions(
     top, left = int(shares[0] * (resized_h - crop_h)), int(shares[1] * (resized_w - crop_w))
     pixels = noise(seed, height, width)
     expected = whole(pixels, resized_h, resized_w, bicubic)[top : top + crop_h, left : left + crop_w]
-    for vectorized in (True, False):
-        made = window(pixels, (resized_h, resized_w), (top, left, crop_h, crop_w), bicubic, vectorized)
-        assert np.array_equal(made, expected), vectorized
+    for level in levels:
+        made = window(pixels, (resized_h, resized_w), (top, left, crop_h, crop_w), bicubic, level)
+        assert np.array_equal(made, expected), level
 
 
 @needs_it
-@pytest.mark.parametrize("vectorized", [True, False])
-def test_lines_of_many_pixels(vectorized: bool) -> None:
+@pytest.mark.parametrize("level", levels)
+def test_lines_of_many_pixels(level: int) -> None:
     for shape, size in (((2, 70_000), (2, 50)), ((70_000, 2), (50, 2)), ((1, 40), (1, 70_000))):
         pixels = noise(1, *shape)
-        made = window(pixels, size, (0, 0, *size), True, vectorized)
+        made = window(pixels, size, (0, 0, *size), True, level)
         assert np.array_equal(made, whole(pixels, *size, True)), (shape, size)
 
 
@@ -105,7 +107,7 @@ def test_lines_of_many_pixels(vectorized: bool) -> None:
 def test_photographs_are_within_one_of_pillows(name: str, filter_: Image.Resampling) -> None:
     image = photograph(name)
     expected = np.asarray(image.resize((100, 75), filter_), int)
-    made = window(np.asarray(image), (75, 100), (0, 0, 75, 100), filter_ is Image.Resampling.BICUBIC, True)
+    made = window(np.asarray(image), (75, 100), (0, 0, 75, 100), filter_ is Image.Resampling.BICUBIC, levels[-1])
     assert np.abs(made - expected).max() <= 1
 
 
@@ -132,7 +134,7 @@ def test_threads_do_not_meet() -> None:
     jobs = [(noise(seed, 150 + 9 * seed, 90 + 20 * seed), (40 + seed, 70 - seed)) for seed in range(8)] * 12
     expected = [whole(pixels, *size, True) for pixels, size in jobs[:8]] * 12
     with ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(lambda job: window(job[0], job[1], (0, 0, *job[1]), True, True), jobs))
+        made = list(pool.map(lambda job: window(job[0], job[1], (0, 0, *job[1]), True, levels[-1]), jobs))
     assert all(np.array_equal(one, other) for one, other in zip(made, expected, strict=True))
 
 
@@ -160,10 +162,10 @@ GOOD = np.zeros((5, 6, 3), np.uint8)
 def test_other_memory_is_refused(bad: Any) -> None:
     assert compiled is not None
     with pytest.raises(ValueError, match=r"source must be uint8 \[height, width, 3\]"):
-        compiled.resize(bad, GOOD.copy(), 5, 6, 0, 0, True, True)
+        compiled.resize(bad, GOOD.copy(), 5, 6, 0, 0, True, 0)
     if bad.flags.writeable:
         with pytest.raises(ValueError, match=r"target must be uint8 \[height, width, 3\]"):
-            compiled.resize(GOOD, bad, 5, 6, 0, 0, True, True)
+            compiled.resize(GOOD, bad, 5, 6, 0, 0, True, 0)
 
 
 @needs_it
@@ -172,9 +174,9 @@ def test_memory_that_must_not_be_written_is_refused() -> None:
     fixed = GOOD.copy()
     fixed.setflags(write=False)
     with pytest.raises(ValueError, match="read-only"):
-        compiled.resize(GOOD, fixed, 5, 6, 0, 0, True, True)
+        compiled.resize(GOOD, fixed, 5, 6, 0, 0, True, 0)
     with pytest.raises(TypeError):
-        compiled.resize(3, GOOD.copy(), 5, 6, 0, 0, True, True)
+        compiled.resize(3, GOOD.copy(), 5, 6, 0, 0, True, 0)
 
 
 @needs_it
@@ -197,7 +199,7 @@ def test_memory_that_must_not_be_written_is_refused() -> None:
 def test_a_window_beyond_the_picture_is_refused(numbers: tuple[int, int, int, int]) -> None:
     assert compiled is not None
     with pytest.raises(ValueError, match="the window must lie inside the resized picture"):
-        compiled.resize(GOOD, GOOD.copy(), *numbers, True, True)
+        compiled.resize(GOOD, GOOD.copy(), *numbers, True, 0)
 
 
 # ------------------------------------------------------------------------------------------------------- doing without
@@ -226,8 +228,17 @@ def test_the_extension_need_not_be_there(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @needs_it
 def test_the_processor_decides() -> None:
-    has_avx2 = " avx2 " in Path("/proc/cpuinfo").read_text()
-    assert resizer() == ("avx2" if has_avx2 else "portable")
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    best = "avx512" if {"avx2", "avx512bw", "avx512_vnni"} <= flags else "avx2" if "avx2" in flags else "portable"
+    assert resizer() == best
+
+
+@needs_it
+def test_a_level_that_does_not_run_here_is_the_best_that_does() -> None:
+    pixels = noise(3, 90, 131)
+    for level in (-1, levels[-1] + 1, 2**31 - 1):
+        made = window(pixels, (40, 60), (0, 0, 40, 60), True, level)
+        assert np.array_equal(made, whole(pixels, 40, 60, True))
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
