@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import random
@@ -68,11 +69,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("NEMO_IMAGE_HOME", str(data / "models"))
     # Settings that the command line changes for its own process.
     monkeypatch.setenv("DASK_LOGGING__DISTRIBUTED", "warning")
-    levels = {name: logging.getLogger(name).level for name in ("distributed", "timm", "fsspec", "httpx")}
+    levels = {
+        name: logging.getLogger(name).level for name in ("distributed", "timm", "fsspec", "httpx", "huggingface_hub")
+    }
     clear_models()
     stand_ins.install()
+    settings = copy.deepcopy(dask.config.config)
     with dask.config.set(stand_ins.PRELOAD):
         yield tmp_path
+    # What a page says of its process is not said of the next test's.
+    dask.config.config.clear()
+    dask.config.config.update(settings)
     stand_ins.remove()
     clear_models()
     for name, level in levels.items():
