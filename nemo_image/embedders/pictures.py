@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, overload
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -38,7 +38,8 @@ def prepared_batches(
     """Yield batches of pictures, ready for a model, in order.
 
     Which pictures make a batch depends on `members` and `size` alone, so that results repeat to the last bit. At most
-    three batches are ahead of the one that is worked on.
+    three batches are ahead of the one that is worked on. The first batch of a local tar is read by the threads that
+    decode it, unless there are members `beside` it.
 
     Parameters
     ----------
@@ -64,7 +65,12 @@ def prepared_batches(
 
     def one(places: range) -> tuple[range, PreprocessedBatch, _Texts]:
         others = [()] * len(places) if beside is None else beside[places.start : places.stop]
-        blobs, texts = _read(reader, members[places.start : places.stop], others)
+        blobs: Sequence[bytes]
+        texts: _Texts
+        if places.start == 0 and beside is None and reader.is_local:
+            blobs, texts = _Unread(reader, members[: places.stop]), [()] * len(places)
+        else:
+            blobs, texts = _read(reader, members[places.start : places.stop], others)
         batch = prepare(blobs)
         if pin and not batch.pixels.is_cuda:
             batch = replace(batch, pixels=batch.pixels.pin_memory())
@@ -73,6 +79,29 @@ def prepared_batches(
     starts = range(0, len(members), size)
     cuts = (range(start, min(start + size, len(members))) for start in starts)
     return map_in_order(one, cuts, BATCHES_AT_ONCE)
+
+
+class _Unread(Sequence[bytes]):
+    """Pictures that are read when they are asked for, each by the thread that decodes it.
+
+    For the first batch, whose decoding would else wait until all of it is read. The later ones are read ahead.
+    """
+
+    def __init__(self, reader: ShardReader, members: Sequence[Member]) -> None:
+        self._reader = reader
+        self._members = members
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    @overload
+    def __getitem__(self, row: int) -> bytes: ...
+    @overload
+    def __getitem__(self, row: slice) -> Sequence[bytes]: ...
+    def __getitem__(self, row: int | slice) -> bytes | Sequence[bytes]:
+        if isinstance(row, slice):
+            return _Unread(self._reader, self._members[row])
+        return self._reader.read(self._members[row])
 
 
 def _read(

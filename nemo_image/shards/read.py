@@ -82,6 +82,17 @@ class ShardReader:
                 self._index = load_index(self._open(), self.storage_options, self.use_index_file)
             return self._index
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the tar is a local file: members read one by one then cost no more than together.
+
+        Raises
+        ------
+        TarError
+            If the tar is missing.
+        """
+        return self._open().ahead == 0
+
     def read(self, member: Member) -> bytes:
         """Return a member's bytes.
 

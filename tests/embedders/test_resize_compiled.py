@@ -50,15 +50,19 @@ def whole(pixels: Pixels, height: int, width: int, bicubic: bool) -> Pixels:
     return found
 
 
-def window(
-    pixels: Pixels, size: tuple[int, int], box: tuple[int, int, int, int], bicubic: bool, level: int
-) -> Pixels:
+def axes(shape: tuple[int, ...], size: tuple[int, int], box: tuple[int, int, int, int], bicubic: bool) -> Any:
+    assert compiled is not None
+    across = compiled.axis(shape[1], size[1], box[1], box[3], bicubic, True)
+    return across, compiled.axis(shape[0], size[0], box[0], box[2], bicubic, False)
+
+
+def window(pixels: Pixels, size: tuple[int, int], box: tuple[int, int, int, int], bicubic: bool, level: int) -> Pixels:
     """Resize with the extension, and check that nothing is written around the window."""
     assert compiled is not None
-    top, left, height, width = box
+    height, width = box[2:]
     paper = np.full((height + 2, width + 2, 3), 77, np.uint8)
     made = paper[1:-1, 1:-1]
-    compiled.resize(pixels, made, *size, top, left, bicubic, level)
+    compiled.resize(pixels, made, *axes(pixels.shape, size, box, bicubic), level)
     rim = paper.copy()
     rim[1:-1, 1:-1] = 77
     assert (rim == 77).all()
@@ -162,10 +166,10 @@ GOOD = np.zeros((5, 6, 3), np.uint8)
 def test_other_memory_is_refused(bad: Any) -> None:
     assert compiled is not None
     with pytest.raises(ValueError, match=r"source must be uint8 \[height, width, 3\]"):
-        compiled.resize(bad, GOOD.copy(), 5, 6, 0, 0, True, 0)
+        compiled.resize(bad, GOOD.copy(), *axes(GOOD.shape, (5, 6), (0, 0, 5, 6), True), 0)
     if bad.flags.writeable:
         with pytest.raises(ValueError, match=r"target must be uint8 \[height, width, 3\]"):
-            compiled.resize(GOOD, bad, 5, 6, 0, 0, True, 0)
+            compiled.resize(GOOD, bad, *axes(GOOD.shape, (5, 6), (0, 0, 5, 6), True), 0)
 
 
 @needs_it
@@ -174,9 +178,9 @@ def test_memory_that_must_not_be_written_is_refused() -> None:
     fixed = GOOD.copy()
     fixed.setflags(write=False)
     with pytest.raises(ValueError, match="read-only"):
-        compiled.resize(GOOD, fixed, 5, 6, 0, 0, True, 0)
+        compiled.resize(GOOD, fixed, *axes(GOOD.shape, (5, 6), (0, 0, 5, 6), True), 0)
     with pytest.raises(TypeError):
-        compiled.resize(3, GOOD.copy(), 5, 6, 0, 0, True, 0)
+        compiled.resize(3, GOOD.copy(), *axes(GOOD.shape, (5, 6), (0, 0, 5, 6), True), 0)
 
 
 @needs_it
@@ -197,9 +201,35 @@ def test_memory_that_must_not_be_written_is_refused() -> None:
     ],
 )
 def test_a_window_beyond_the_picture_is_refused(numbers: tuple[int, int, int, int]) -> None:
-    assert compiled is not None
+    height, width, top, left = numbers
     with pytest.raises(ValueError, match="the window must lie inside the resized picture"):
-        compiled.resize(GOOD, GOOD.copy(), *numbers, True, 0)
+        axes(GOOD.shape, (height, width), (top, left, 5, 6), True)
+
+
+@needs_it
+def test_axes_of_other_pictures_are_refused() -> None:
+    assert compiled is not None
+    across, down = axes(GOOD.shape, (5, 6), (0, 0, 5, 6), True)
+    others = [axes(*sizes, True) for sizes in (((5, 7), (5, 6), (0, 0, 5, 6)), ((5, 6), (5, 6), (0, 0, 5, 5)))]
+    others += [(across, axes((4, 6), (5, 6), (0, 0, 5, 6), True)[1]), (down, down), (across, across), (down, across)]
+    others += [(across, axes((5, 6), (5, 6), (0, 0, 4, 6), True)[1])]
+    for pair in others:
+        with pytest.raises(ValueError, match="the axes must be those of source and target"):
+            compiled.resize(GOOD, GOOD.copy(), *pair, 0)
+    with pytest.raises(ValueError, match="PyCapsule_GetPointer"):
+        compiled.resize(GOOD, GOOD.copy(), None, down, 0)
+
+
+@needs_it
+def test_weights_are_kept_but_not_those_of_large_pictures() -> None:
+    resize._kept_axis.cache_clear()
+    for pixels in (noise(1, 60, 70), noise(2, 60, 70), noise(3, 60, resize.LONGEST_KEPT + 1)):
+        plan, out = SPEC.plan(pixels.shape[1], 60), empty_pixels(1, SPEC)[0]
+        resize_into(torch.from_numpy(pixels).permute(2, 0, 1), plan, SPEC, out)
+        expected = whole(pixels, plan.resize_h, plan.resize_w, True)[:, plan.crop_left : plan.crop_left + 64]
+        assert np.array_equal(out.permute(1, 2, 0).numpy(), expected)
+    kept = resize._kept_axis.cache_info()
+    assert (kept.hits, kept.currsize) == (2 + 1, 2)
 
 
 # ------------------------------------------------------------------------------------------------------- doing without
@@ -208,7 +238,9 @@ def test_a_window_beyond_the_picture_is_refused(numbers: tuple[int, int, int, in
 def test_without_the_extension_torch_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [(131, 90), (64, 64), (40, 70), (20, 31)]
     blobs = [encoded(picture(seed, *size), "JPEG") for seed, size in enumerate(sizes)]
-    preprocessor = TorchvisionPreprocessor(PreprocessSpec("ratio", (50, 50), (64, 60), *[(0.5, 0.5, 0.5)] * 2))
+    preprocessor = TorchvisionPreprocessor(
+        PreprocessSpec("ratio", (50, 50), (64, 60), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    )
     before = preprocessor(blobs).pixels
     monkeypatch.setattr(resize, "_compiled", None)
     assert resizer() == "torch"

@@ -33,6 +33,8 @@ enum { STRIP = 8, SMALLEST_BITS = 15, MOST_PLACES = 22, WIDEST_SPREAD = 1 << 16 
 
 /* Which pixels of the source each output is made of. */
 typedef struct {
+    int64_t in;        /* pixels of the source */
+    int aligned;       /* whether every first weight lies on an even one */
     int64_t count;     /* outputs */
     int64_t taps;      /* weights of an output, an even number; zeros behind the last one */
     int64_t longest;   /* most weights that an output uses */
@@ -65,7 +67,7 @@ static int make_axis(Axis *axis, int64_t in, int64_t out, int64_t start, int64_t
     const double scale = (double)in / (double)out, stretch = scale >= 1.0 ? scale : 1.0;
     const double inverse = scale >= 1.0 ? 1.0 / scale : 1.0, support = (bicubic ? 2.0 : 1.0) * stretch;
     const int64_t most = (int64_t)ceil(support) * 2 + 1;
-    *axis = (Axis){.count = count, .low = in};
+    *axis = (Axis){.in = in, .aligned = aligned, .count = count, .low = in};
     axis->first = malloc(count * sizeof *axis->first);
     axis->size = malloc(count * sizeof *axis->size);
     double *exact = malloc((count + 1) * most * sizeof *exact), largest = 0.0; /* the last row: outside the window */
@@ -424,41 +426,63 @@ static int as_picture(PyObject *object, int flags, const char *name, Py_buffer *
     return 0;
 }
 
-static PyObject *resize_pictures(const Picture *from, const Picture *to, int64_t height, int64_t width, int64_t top,
-                                 int64_t left, int bicubic, int level) {
-    if (height < 1 || width < 1 || height > INT32_MAX || width > INT32_MAX || top < 0 || left < 0 ||
-        top > height - to->height || left > width - to->width) {
+static void free_capsule(PyObject *capsule) {
+    Axis *axis = PyCapsule_GetPointer(capsule, "axis");
+    free_axis(axis);
+    free(axis);
+}
+
+static PyObject *axis(PyObject *module, PyObject *args) {
+    Py_ssize_t in, out, start, count;
+    int bicubic, aligned, made;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "nnnnpp", &in, &out, &start, &count, &bicubic, &aligned)) return NULL;
+    if (in < 1 || in > INT32_MAX / 3 || out < 1 || out > INT32_MAX || count < 1 || start < 0 || start > out - count) {
         PyErr_SetString(PyExc_ValueError, "the window must lie inside the resized picture");
         return NULL;
     }
-    Axis across = {0}, down = {0};
-    int made = 0;
+    Axis *axis = calloc(1, sizeof *axis);
+    if (!axis) return PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS
-    if (make_axis(&across, from->width, width, left, to->width, bicubic, 1) &&
-        make_axis(&down, from->height, height, top, to->height, bicubic, 0)) {
-        const int fits = across.end - across.low <= WIDEST_SPREAD;
-        made = make_window(from, to, &across, &down, fits ? level : PORTABLE);
+    made = make_axis(axis, in, out, start, count, bicubic, aligned);
+    Py_END_ALLOW_THREADS
+    PyObject *capsule = made ? PyCapsule_New(axis, "axis", free_capsule) : PyErr_NoMemory();
+    if (!capsule) {
+        free_axis(axis);
+        free(axis);
     }
-    free_axis(&across);
-    free_axis(&down);
+    return capsule;
+}
+
+static PyObject *resize_pictures(const Picture *from, const Picture *to, const Axis *across, const Axis *down,
+                                 int level) {
+    if (!across->aligned || across->in != from->width || across->count != to->width || down->aligned ||
+        down->in != from->height || down->count != to->height) {
+        PyErr_SetString(PyExc_ValueError, "the axes must be those of source and target");
+        return NULL;
+    }
+    const int best = best_level(), fits = across->end - across->low <= WIDEST_SPREAD;
+    int made;
+    Py_BEGIN_ALLOW_THREADS
+    made = make_window(from, to, across, down, !fits || level < PORTABLE ? PORTABLE : level < best ? level : best);
     Py_END_ALLOW_THREADS
     if (!made) return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
 
 static PyObject *resize(PyObject *module, PyObject *args) {
-    PyObject *source, *target, *result = NULL;
-    Py_ssize_t height, width, top, left;
-    int bicubic, level;
+    PyObject *source, *target, *across, *down, *result = NULL;
+    const Axis *axes[2];
+    int level;
     Py_buffer source_view, target_view;
     Picture from, to;
     (void)module;
-    if (!PyArg_ParseTuple(args, "OOnnnnpi", &source, &target, &height, &width, &top, &left, &bicubic, &level) ||
+    if (!PyArg_ParseTuple(args, "OOOOi", &source, &target, &across, &down, &level) ||
+        !(axes[0] = PyCapsule_GetPointer(across, "axis")) || !(axes[1] = PyCapsule_GetPointer(down, "axis")) ||
         !as_picture(source, PyBUF_STRIDED_RO, "source", &source_view, &from))
         return NULL;
-    level = level < PORTABLE ? PORTABLE : level < best_level() ? level : best_level();
     if (as_picture(target, PyBUF_STRIDED, "target", &target_view, &to)) {
-        result = resize_pictures(&from, &to, height, width, top, left, bicubic, level);
+        result = resize_pictures(&from, &to, axes[0], axes[1], level);
         PyBuffer_Release(&target_view);
     }
     PyBuffer_Release(&source_view);
@@ -468,9 +492,12 @@ static PyObject *resize(PyObject *module, PyObject *args) {
 static int set_up(PyObject *module) { return PyModule_AddIntConstant(module, "LEVEL", best_level()); }
 
 static PyMethodDef methods[] = {
+    {"axis", axis, METH_VARARGS,
+     "axis(length, resized, start, count, bicubic, aligned)\n\n"
+     "Return the weights of the outputs start .. start + count of an axis; aligned: for resize's across."},
     {"resize", resize, METH_VARARGS,
-     "resize(source, target, height, width, top, left, bicubic, level)\n\n"
-     "Fill target, uint8 [h, w, 3], with the window at (top, left) of source resized to height x width.\n"
+     "resize(source, target, across, down, level)\n\n"
+     "Fill target, uint8 [h, w, 3], with the window of source that the two axes are made for.\n"
      "level: 0 for any processor, 1 for AVX2, 2 for AVX-512; LEVEL, the best that runs here, instead of a higher one."},
     {0},
 };

@@ -2,14 +2,12 @@ from typing_extensions import Buffer
 
 LEVEL: int
 
+def axis(length: int, resized: int, start: int, count: int, bicubic: bool, aligned: bool, /) -> object: ...
 def resize(
     source: Buffer,
     target: Buffer,
-    height: int,
-    width: int,
-    top: int,
-    left: int,
-    bicubic: bool,
+    across: object,
+    down: object,
     level: int,
     /,
 ) -> None: ...

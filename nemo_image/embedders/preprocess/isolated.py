@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -28,6 +29,10 @@ class IsolatedPreprocessor(Isolated[PreprocessedBatch]):
     def __init__(self, preprocessor: Preprocessor, *, seconds: float | None = None, memory: int | None = None) -> None:
         super().__init__(preprocessor, partial(_merged, preprocessor.spec), seconds=seconds, memory=memory)
         self.preprocessor = preprocessor
+
+    def __call__(self, blobs: Sequence[bytes | None]) -> PreprocessedBatch:
+        """Decode, resize and crop pictures in the child; None stands for a sample without a picture."""
+        return super().__call__(list(blobs))  # the child cannot read them
 
     @property
     def spec(self) -> PreprocessSpec | None:
