@@ -57,7 +57,8 @@ def _words(mean: np.ndarray) -> list[str]:
 
 
 def test_names() -> None:
-    assert nemo_image.classifiers.__all__ == ["AestheticClassifier", "ImageClassifier", "NsfwClassifier", "ZeroShotTagger"]
+    known = ["AestheticClassifier", "ImageClassifier", "NsfwClassifier", "ZeroShotTagger"]
+    assert nemo_image.classifiers.__all__ == known
 
 
 @pytest.mark.parametrize("batch_size", [-1, 1, 4, 100])

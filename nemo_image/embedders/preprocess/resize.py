@@ -20,6 +20,9 @@ try:
     from nemo_image.embedders.preprocess import _resize as _compiled
 except ImportError:  # not built
     _compiled = None
+else:
+    if not hasattr(_compiled, "axis"):  # built of an earlier source
+        _compiled = None
 
 Resizer = Literal["avx512", "avx2", "portable", "torch"]
 
