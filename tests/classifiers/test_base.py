@@ -70,6 +70,7 @@ def test_scores(batch_size: int, npartitions: int) -> None:
     assert found.dtype == pd.ArrowDtype(pa.float32())
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_the_model_sees_float32_batches_of_the_size_asked_for() -> None:
     shapes: list[tuple[int, ...]] = []
 
@@ -199,6 +200,7 @@ def test_base_methods_must_be_overridden() -> None:
         scored(base, vectors())
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_calling_is_lazy_and_takes_a_copy() -> None:
     class Loud(Mean):
         def load_model(self, device: str) -> Any:
@@ -291,6 +293,7 @@ class Mine(ImageClassifier):
     def token(self, classifier: ImageClassifier) -> str:
         return dask.base.tokenize(ScorePartition(classifier))
 
+    @pytest.mark.in_process("watches or changes this process")
     def test_a_notebook_class_that_refers_to_locks_works(self) -> None:
         found = scored(self.notebook()(), vectors()).to_numpy(float)
         np.testing.assert_allclose(found, vectors().astype(float).mean(axis=1) + 1, rtol=0, atol=1e-6)

@@ -232,6 +232,7 @@ def test_a_frame_with_known_divisions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("order", "dtype"), [("C", "float16"), ("F", "float16"), ("C", ">f4")])
+@pytest.mark.in_process("watches or changes this process")
 def test_a_remote_folder_is_read_by_ranges(tmp_path: Path, order: Any, dtype: str) -> None:
     dataset = load(make_dataset(tmp_path / "in", SIZES))
     folder = write_folder(tmp_path / "clip", WITHOUT, dtype)

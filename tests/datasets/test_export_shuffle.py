@@ -111,6 +111,7 @@ def test_order_is_that_of_the_plan_and_no_sample_is_lost(
 
 
 @pytest.mark.parametrize("keeps_selections", [True, False])
+@pytest.mark.in_process("watches or changes this process")
 def test_an_export_that_was_stopped_ends_as_a_clean_one(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps_selections: bool
 ) -> None:
@@ -143,6 +144,7 @@ def test_an_export_that_was_stopped_ends_as_a_clean_one(
     assert not (out / "_nemo_image" / "selections").exists()
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_each_tar_is_walked_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     walked: list[str] = []
     real = read.load_index
@@ -167,6 +169,7 @@ def test_rows_in_windows_are_those_of_whole_shards(
     assert contents(tmp_path / "windows") == contents(tmp_path / "whole")
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_rows_that_change_between_count_and_copy_are_refused(source: Path, tmp_path: Path) -> None:
     evaluations: dict[str, int] = {}
 

@@ -81,6 +81,7 @@ def test_what_is_sent_does_not_grow_with_the_shards(tmp_path: Path) -> None:
     assert abs(lengths[1] - lengths[0]) < 10
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_rows_are_counted_by_the_columns_of_the_filter(
     dataset: ImageTextPairDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,6 +107,7 @@ def test_quarantine_of_a_mended_tar_is_empty(tmp_path: Path) -> None:
     assert saved.head(12, npartitions=-1)["image_error"].notna().sum() == 0
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_retry_takes_failed_shards_and_bad_images_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_dataset(tmp_path / "in", SIZES)
     good_tar = (tmp_path / "in/c.tar").read_bytes()

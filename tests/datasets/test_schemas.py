@@ -523,6 +523,7 @@ def test_a_dead_worker_loses_no_schema(tmp_path: Path, monkeypatch: pytest.Monke
     assert kind(unified(tmp_path)[0], "x") == "double"
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_any_file_system(tmp_path: Path) -> None:
     import fsspec
 

@@ -185,6 +185,7 @@ def test_ids_that_repeat_in_other_shards(tmp_path: Path, vectors: list[Any]) -> 
     assert frame["key"].dtype == "int64[pyarrow]"
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_only_what_is_needed_is_read(dataset: ImageTextPairDataset, vectors: list[Any], monkeypatch: Any) -> None:
     from nemo_image.datasets import load
 

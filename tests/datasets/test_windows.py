@@ -88,6 +88,7 @@ def odd_dataset(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("job", [plain, in_place, filtered, filtered_then_all, exported])
+@pytest.mark.in_process("watches or changes this process")
 def test_windows_write_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: list[int], job: Job
 ) -> None:
@@ -153,6 +154,7 @@ def test_an_index_that_is_reset_counts_the_whole_partition(tmp_path: Path, monke
     assert pq.read_table(tmp_path / "out/a.parquet")["place"].to_pylist() == list(range(8))
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_windows_of_tars_without_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: list[int]) -> None:
     monkeypatch.setattr(shard_pass, "WINDOW_ROWS", 4)
     write_tar(tmp_path / "a.tar", [sample(seed, f"{seed:06d}", f"picture {seed}") for seed in range(10)])

@@ -271,6 +271,7 @@ def test_the_evaluation_set_is_embedded_once(
         Decontaminate(tests_folder, Grid("grid"), 0.5)(training)
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_saved_columns_are_taken_over_and_filter(
     training: ImageTextPairDataset, tests_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

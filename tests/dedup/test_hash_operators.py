@@ -128,6 +128,7 @@ def test_max_distance_decides(dataset: ImageTextPairDataset) -> None:
     assert 5 <= removed[0] <= removed[1] < removed[2] == 23  # all but one
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_hashes_are_made_once(dataset: ImageTextPairDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     computed(PerceptualDedup(max_distance=0)(dataset))
 

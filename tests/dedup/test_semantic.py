@@ -213,6 +213,7 @@ def test_a_scale_that_is_not_known_shows_the_curve(
     assert f"({curve.kept:,.0f} of {ROWS:,})" in caplog.text
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_the_curve_may_be_of_some_clusters(
     dataset: ImageTextPairDataset, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
