@@ -242,7 +242,7 @@ class KeepExpression:
         threshold: Any = self._thresholds[quantile]
         if threshold is None:
             return pd.Series(None, values.index, schema.arrow_dtype("bool"))
-        if threshold > 2**63 - 1:
+        if isinstance(threshold, int) and threshold > 2**63 - 1:
             threshold = np.uint64(threshold)  # a plain integer would be taken for a signed one
         inside = self._pair(ast.GtE() if quantile.side == "top" else ast.LtE(), values, threshold)
         inside = inside.where(values.between(-math.inf, math.inf).fillna(False))  # a NaN is no value, under `not` too

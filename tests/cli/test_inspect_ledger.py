@@ -355,6 +355,7 @@ def test_on_a_cluster(filtered: Path, cluster: Any) -> None:
         assert len(inspect_ledgers(str(filtered))["problems"]) == 1
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_any_file_system(filtered: Path) -> None:
     import fsspec
 

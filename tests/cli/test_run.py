@@ -264,6 +264,7 @@ def embeddings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "embedded"
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_runs_a_workflow(embeddings: Path) -> None:
     described = run("find.yaml", f"input_path={embeddings}", "--describe")
     assert described.exit_code == 0, described.output
@@ -279,6 +280,7 @@ def test_runs_a_workflow(embeddings: Path) -> None:
     assert any("pairwise_compute_dtype is left out" in note for note in said["notes"])
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_a_workflow_without_a_threshold_tells_the_curve(embeddings: Path) -> None:
     arguments = ("find.yaml", f"input_path={embeddings}", "workflow.0.eps=null")
     curve = json.loads(run(*arguments, "--json").stdout)["curve"]

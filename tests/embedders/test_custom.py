@@ -47,6 +47,7 @@ def colour(seed: int) -> np.ndarray:
     return np.asarray(image).reshape(-1, 3).mean(axis=0)
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_two_methods_are_enough(tmp_path: Path) -> None:
     make_dataset(tmp_path, {"a": 4, "b": 3})
     loads.clear()
@@ -58,6 +59,7 @@ def test_two_methods_are_enough(tmp_path: Path) -> None:
     assert loads == ["cpu"]
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_an_embedder_that_changes_itself_as_it_runs_loads_once(tmp_path: Path) -> None:
     class Counting(MeanColour):
         batches = 0

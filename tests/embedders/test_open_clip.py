@@ -225,6 +225,7 @@ def test_a_bad_picture_has_no_result_at_all(tmp_path: Path, name: str) -> None:
         assert frame[column].notna().tolist() == [True, False, False]
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_a_picture_that_the_model_makes_nothing_of_has_no_result(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

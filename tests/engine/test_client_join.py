@@ -29,6 +29,18 @@ def empty() -> Iterator[Any]:
         yield local
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two processes that anyone may join, also where the other tests' cluster wants certificates (``--dask=tls``)."""
+    from distributed import Client, LocalCluster
+
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as local,
+        Client(local, set_as_default=False) as client,
+    ):
+        yield client
+
+
 def test_join_by_file_and_by_address(tmp_path: Path, cluster: Any) -> None:
     address = cluster.scheduler_info()["address"]
     file = tmp_path / "scheduler.json"

@@ -35,6 +35,7 @@ def test_an_exception_ends_it() -> None:
     assert not isolated()
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_it_reaches_our_own_threads_and_no_others() -> None:
     seen: list[bool] = []
     with isolate():

@@ -82,6 +82,7 @@ def test_captions_in_the_tars(tmp_path: Path, scheduler: Any) -> None:
     assert (saved.run_totals or {})["rows_without_sample"] == 1
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_a_tars_captions_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tar(tmp_path / "x.tar", [(str(row), {"jpg": b"x", "txt": b"one two"}) for row in range(5)])
     write_rows(tmp_path / "x.parquet", {"key": [str(row) for row in range(5)]})

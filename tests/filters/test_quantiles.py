@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -125,6 +126,7 @@ def test_nulls_and_nans_never_count(tmp_path: Path) -> None:
     assert kept(nothing, "value in top 50%") == [False, False]
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_only_the_column_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = shards_of(tmp_path, pa.array(range(10), pa.int64()), [5, 5])
     asked: set[str] = set()
@@ -139,6 +141,7 @@ def test_only_the_column_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert asked == {"key", "value"}
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_pending_columns_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_dataset(tmp_path, {"a": 4, "b": 3})
     calls = []
@@ -207,3 +210,10 @@ def test_some_rows_do_not_tell(tmp_path: Path) -> None:
         keep(dataset, "nosuch in top 30%")
     with pytest.raises(MissingColumnError, match=r"add_columns\(dataset, \['blur'\]\)"):
         keep(dataset, "blur in top 30%")
+
+
+def test_a_float_beyond_all_integers(tmp_path: Path) -> None:
+    array = pa.array([2.0**64, 1.0, None], pa.float64())
+    folder = make_dataset(tmp_path, {"a": 3})
+    pq.write_table(pq.read_table(folder / "a.parquet").append_column("value", array), folder / "a.parquet")
+    assert kept(ImageTextPairDataset.from_webdataset(folder), "value in top 30%") == [True, False, False]

@@ -19,6 +19,7 @@ from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.datasets.show import thumbnails as thumbnails_module
 from nemo_image.datasets.show.thumbnails import BYTES, PIXELS, safe_thumbnails, thumbnail
 from nemo_image.embedders import TimmImageEmbedder
+from nemo_image.engine.run import without_client
 from nemo_image.errors import ArgumentError, MissingColumnError
 from nemo_image.reports import write_report
 from nemo_image.reports.report import MOST_BYTES
@@ -292,3 +293,14 @@ def test_captions_of_all_kinds_are_bounded() -> None:
 
     assert all(len(clean(one, 300)) <= 300 for one in HOSTILE)
     assert clean("a\x00b\u202ec\ud800\n d", 20) == "a bc d"
+
+
+def test_on_a_cluster(tmp_path: Path, cluster: Any) -> None:
+    """What names a row comes back from other processes as it went there."""
+    folder = write_hostile(tmp_path / "data")
+    with without_client():
+        here, page = report(folder)
+    with cluster.as_current():
+        there, other = report(folder)
+    assert there.pictures == here.pictures > 0
+    assert other.sections.keys() == page.sections.keys()

@@ -213,6 +213,7 @@ def test_input_that_is_gone_leaves_nothing(groups: dict[str, list[ImageBatch]], 
     assert contents(out) == contents(tmp_path / "alone")
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_a_tar_that_cannot_be_packed_is_named(
     groups: dict[str, list[ImageBatch]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,6 +341,7 @@ def test_outputs_that_are_missing_or_cut_off(name: str, groups: dict[str, list[I
 # Elsewhere ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_another_file_system(groups: dict[str, list[ImageBatch]], tmp_path: Path) -> None:
     root = f"memory://{tmp_path.name}/out"
     run = Run(ImageWriterStage(root + "/", images_per_tar=3), groups, checkpoint="somewhere")
@@ -374,6 +376,7 @@ class Guarded(MemoryFileSystem):
         return MemoryFileSystem._strip_protocol(path.replace("guarded://", "memory://"))
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_storage_options_are_used_for_every_file(groups: dict[str, list[ImageBatch]], tmp_path: Path) -> None:
     fsspec.register_implementation("guarded", Guarded, clobber=True)
     options = {"password": "open sesame"}

@@ -6,7 +6,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -31,7 +31,8 @@ _NOT_VALUES = frozenset({schema.SHARD, schema.CAPTION, schema.IMAGE_ERROR})
 Decode = Callable[[Sequence[bytes | None]], Thumbnails]
 
 
-class RowName(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class RowName:
     """Which row: its shard, and its id (or, where `column` is given, what it has there)."""
 
     shard: str
