@@ -30,10 +30,13 @@ def empty() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """Two processes that anyone may join, also where the other tests' cluster wants certificates (``--dask=tls``)."""
+def cluster(request: pytest.FixtureRequest, cluster: Any) -> Iterator[Any]:
+    """Two processes that anyone may join: the other tests' cluster, unless it wants certificates (``--dask=tls``)."""
     from distributed import Client, LocalCluster
 
+    if request.config.getoption("--dask") != "tls":
+        yield cluster
+        return
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as local,
         Client(local, set_as_default=False) as client,
