@@ -14,11 +14,12 @@ import pyarrow.compute as pc
 from dask.base import tokenize
 
 from nemo_image import backend, schema
+from nemo_image.datasets.passes import run_all
 from nemo_image.dedup.clusters.clustering import Clustered
 from nemo_image.dedup.clusters.solve import SolveBucket
 from nemo_image.dedup.exchange.gather import DUPLICATES
 from nemo_image.dedup.exchange.rows import Order
-from nemo_image.dedup.exchange.work import begin, remove, run_all
+from nemo_image.dedup.exchange.work import begin, remove
 from nemo_image.dedup.result import write_summary
 from nemo_image.dedup.sweep import is_eps
 from nemo_image.engine.device import worker_device

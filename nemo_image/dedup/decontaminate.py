@@ -12,11 +12,12 @@ from dask.base import tokenize
 
 from nemo_image import schema
 from nemo_image.datasets import ImageTextPairDataset
+from nemo_image.datasets.passes import file_identities
 from nemo_image.datasets.queries import require_same_model
 from nemo_image.dedup.evaluation.collect import EvaluationSet, collect, read_evaluation
 from nemo_image.dedup.evaluation.mark import MarkContaminated, MarkSettings
 from nemo_image.dedup.evaluation.pictures import PATH, is_dataset, list_pictures, pack
-from nemo_image.dedup.exchange.work import begin, file_identities, remove
+from nemo_image.dedup.exchange.work import begin, remove
 from nemo_image.dedup.hashes.hashing import HashName, PerceptualHash
 from nemo_image.dedup.perceptual import BITS
 from nemo_image.dedup.sweep import is_eps

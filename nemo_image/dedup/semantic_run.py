@@ -14,6 +14,7 @@ from dask.base import tokenize
 
 from nemo_image import backend, schema
 from nemo_image.datasets import ImageTextPairDataset
+from nemo_image.datasets.passes import run_all
 from nemo_image.dedup.clusters.assign import bucket_of
 from nemo_image.dedup.clusters.centroids import CENTROIDS, write_centroids
 from nemo_image.dedup.clusters.clustering import Clustered, ClusterSettings, cluster
@@ -25,7 +26,7 @@ from nemo_image.dedup.clusters.settle import ApplyFixes, best_of_visits, settle
 from nemo_image.dedup.clusters.solve import SolveBucket, Solved
 from nemo_image.dedup.exchange.gather import Gathered, GatherRange, WriteFound, as_found, gather
 from nemo_image.dedup.exchange.survey import state_columns
-from nemo_image.dedup.exchange.work import Work, begin, run_all
+from nemo_image.dedup.exchange.work import Work, begin
 from nemo_image.dedup.result import DedupResult, Missed, SweepPoint, without_own_result
 from nemo_image.dedup.sweep import USUAL_EPS, choose_eps, curve_text
 from nemo_image.engine.device import worker_device

@@ -16,13 +16,13 @@ from nemo_image import schema
 from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.datasets.columns import rows_by_shard
 from nemo_image.datasets.load import rows_by_id
+from nemo_image.datasets.passes import file_identities, one_task_a_shard
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.engine.ledger import FOLDER
 from nemo_image.engine.run_lock import run_lock
 from nemo_image.errors import DatasetError, ShardError
 from nemo_image.filters.captions import TarCaptions, caption_column, captions_of
 from nemo_image.filters.equal_keys import ROWS, EqualKeys, Table
-from nemo_image.filters.passes import AllRows, file_identities
 from nemo_image.shards import files
 
 CAPTION_COUNT = "caption_count"
@@ -69,16 +69,16 @@ class CaptionDuplicates:
             If shards could not be read.
         """
         column = caption_column(dataset, self.caption_column)
-        rows = AllRows.of(dataset, [] if column is None else [column])
-        dataset = rows.dataset
-        names = [schema.SHARD, dataset.id_col, *([] if column is None else [column])]
+        columns = [] if column is None else [column]
+        dataset = one_task_a_shard(dataset, columns)
+        names = [schema.SHARD, dataset.id_col, *columns]
         token = str(tokenize(dataset.metadata[names], file_identities(dataset), column, unicodedata.unidata_version))
         options = dataset.source.storage_options
         folder = self.output_dir or files.join(dataset.path, FOLDER, f"captions-{token[:16]}")
         with run_lock(folder, "caption duplicates", options):
             if not _is_done(folder, token, options):
                 keying = KeyByCaption(dataset.source, column)
-                EqualKeys(rows, folder, keying, CAPTION_COUNT, CAPTION_IS_DUPLICATE).run()
+                EqualKeys(dataset, columns, folder, keying, CAPTION_COUNT, CAPTION_IS_DUPLICATE).run()
                 _write(files.join(folder, DONE), token, options)
         made_by = {"operator": "CaptionDuplicates", "captions": column, "result": token}
         kinds = {CAPTION_COUNT: "int64", CAPTION_IS_DUPLICATE: "bool"}

@@ -23,8 +23,9 @@ import pandas as pd
 import pyarrow as pa
 
 from nemo_image import backend
+from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.datasets.partitions import PartitionTask
-from nemo_image.filters.passes import AllRows, frames, run_all
+from nemo_image.datasets.passes import frames, run_all, tasks_of
 from nemo_image.shards import files, parquet
 from nemo_image.shards.sources import open_source
 
@@ -63,7 +64,10 @@ class EqualKeys:
 
     Parameters
     ----------
-    rows : AllRows
+    dataset : ImageTextPairDataset
+        What `one_task_a_shard` gave for the columns.
+    columns : sequence of str
+        What `keys_of` looks at, besides ``shard`` and the id.
     folder : str
     keys_of : callable
         From a frame to the keys of its rows, (n, 2) uint64, and which rows have one, (n,) bool.
@@ -74,14 +78,15 @@ class EqualKeys:
 
     def __init__(
         self,
-        rows: AllRows,
+        dataset: ImageTextPairDataset,
+        columns: Sequence[str],
         folder: str,
         keys_of: Callable[[pd.DataFrame], tuple[Table, npt.NDArray[np.bool_]]],
         count_column: str,
         repeated_column: str,
     ) -> None:
-        self.rows = rows
-        self.source = rows.dataset.source
+        self.tasks = tasks_of(dataset, columns)
+        self.source = dataset.source
         self.folder = folder
         self.keys_of = keys_of
         self.columns = (count_column, repeated_column)
@@ -89,21 +94,18 @@ class EqualKeys:
     def run(self) -> None:
         """Write the counts of all rows below ``rows/`` of the folder."""
         groups = self._groups()
-        located: dict[int, _Located] = {}
-        run_all("sort keys", _SortGroup(self), groups, len(groups), _noting(located), _name)
-        ranges = _ranges([located[one.number] for one in groups])
-        found: dict[int, _Located] = {}
-        comparing = _CompareRange(self, [located[one.number] for one in groups])
-        run_all("compare keys", comparing, list(enumerate(ranges)), len(ranges), _noting(found), _range_name)
-        gathering = _GatherGroup(self, [found[number] for number in range(len(ranges))])
-        run_all("gather counts", gathering, groups, len(groups), lambda _: None, _name)
+        located = run_all("sort keys", _SortGroup(self), groups, len(groups), _name, rerun="")
+        ranges = _ranges(located)
+        comparing = _CompareRange(self, located)
+        found = run_all("compare keys", comparing, list(enumerate(ranges)), len(ranges), _range_name, rerun="")
+        run_all("gather counts", _GatherGroup(self, found), groups, len(groups), _name, rerun="")
         fs, path = files.open_fs(self.folder, self.source.storage_options)
         for name in ("keys", "names", "found"):
             if fs.exists(f"{path}/{name}"):
                 fs.rm(f"{path}/{name}", recursive=True)
 
     def _groups(self) -> list[_Group]:
-        tasks = list(self.rows.tasks)
+        tasks = list(self.tasks)
         size = max(1, -(-len(tasks) // MAX_GROUPS))
         starts = range(0, len(tasks), size)
         return [_Group(number, tasks[start : start + size]) for number, start in enumerate(starts)]
@@ -111,13 +113,6 @@ class EqualKeys:
 
 def _url(folder: str, kind: str, number: int, suffix: str = ".bin") -> str:
     return files.join(folder, kind, f"{number:05d}{suffix}")
-
-
-def _noting(records: dict[int, _Located]) -> Callable[[_Located], None]:
-    def note(record: _Located) -> None:
-        records[record.number] = record
-
-    return note
 
 
 def _name(group: _Group) -> str:

@@ -19,9 +19,9 @@ import pyarrow as pa
 from nemo_image import backend
 from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.datasets.partitions import PartitionTask
+from nemo_image.datasets.passes import frames, one_task_a_shard, run_each, tasks_of
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.errors import ArgumentError
-from nemo_image.filters.passes import AllRows, frames, run_all
 from nemo_image.filters.quantiles import Quantile
 
 PART_BITS = 16
@@ -115,34 +115,35 @@ def find_thresholds(
         If shards cannot be read.
     """
     columns = list(dict.fromkeys(one.column for one in quantiles))
-    rows = AllRows.of(dataset, columns)
-    kinds = {name: _kind(name, backend.arrow_type_of(rows.dataset.metadata._meta[name])) for name in columns}
+    dataset = one_task_a_shard(dataset, columns)
+    kinds = {name: _kind(name, backend.arrow_type_of(dataset.metadata._meta[name])) for name in columns}
     largest = {name: 2 ** (8 * kind.itemsize) - 1 for name, kind in kinds.items()}
     searches = [_Search(one, _Interval(one.column, 0, largest[one.column])) for one in quantiles]
     while under_way := [one for one in searches if not one.found]:
-        _pass(rows, kinds, under_way)
+        _pass(dataset, kinds, under_way)
     values = {
         one.quantile: None if one.rank is None else _value(one.interval.low, kinds[one.quantile.column])
         for one in searches
     }
-    return rows.dataset, values
+    return dataset, values
 
 
-def _pass(rows: AllRows, kinds: dict[str, np.dtype[Any]], searches: Sequence[_Search]) -> None:
+def _pass(dataset: ImageTextPairDataset, kinds: dict[str, np.dtype[Any]], searches: Sequence[_Search]) -> None:
     """Count once, for all searches, and narrow them."""
     intervals = list(dict.fromkeys(one.interval for one in searches))
     sums = {one: np.zeros(2**PART_BITS, np.int64) for one in intervals}
     ends = {one: (one.high, one.low) for one in intervals}
 
-    def add(found: list[_Counts | None]) -> None:
+    def add(_: int, found: list[_Counts | None]) -> None:
         for interval, one in zip(intervals, found, strict=True):
             if one is not None:
                 sums[interval][one.parts] += one.counts
                 least, most = ends[interval]
                 ends[interval] = min(least, one.least), max(most, one.most)
 
-    counting = _CountShard(rows.dataset.source, intervals, kinds)
-    run_all("find quantiles", counting, rows.tasks, len(rows.tasks.shards), add, lambda item: item[0])
+    tasks = tasks_of(dataset, list(kinds))
+    counting = _CountShard(dataset.source, intervals, kinds)
+    run_each("find quantiles", counting, tasks, len(tasks.shards), add, name_of=lambda item: item[0])
     for one in searches:
         one.narrow(sums[one.interval], *ends[one.interval])
 

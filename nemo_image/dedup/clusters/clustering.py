@@ -10,6 +10,7 @@ import pyarrow as pa
 from dask.base import tokenize
 
 from nemo_image import backend
+from nemo_image.datasets.passes import run_all
 from nemo_image.dedup.clusters.assign import AssignClusters, TakeSurvivors
 from nemo_image.dedup.clusters.centroids import CENTROIDS, Centroids, checked, write_centroids
 from nemo_image.dedup.clusters.earlier import Generation, generations
@@ -20,7 +21,7 @@ from nemo_image.dedup.exchange.rows import Order
 from nemo_image.dedup.exchange.runs import MAX_BUCKETS
 from nemo_image.dedup.exchange.scatter import Scattered, ScatterGroup, make_groups, scatter
 from nemo_image.dedup.exchange.survey import ShardCount, count_rows
-from nemo_image.dedup.exchange.work import Work, read_json, run_all, write_json
+from nemo_image.dedup.exchange.work import Work, read_json, write_json
 from nemo_image.engine.device import worker_device
 from nemo_image.engine.run import current_client
 from nemo_image.errors import ArgumentError, EmbeddingError

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nemo_image.datasets.partitions import PartitionTask
+from nemo_image.datasets.passes import frames, run_all
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.dedup.clusters.centroids import CENTROIDS, write_centroids
 from nemo_image.dedup.clusters.kmeans import fit_kmeans
@@ -19,7 +20,7 @@ from nemo_image.dedup.exchange.rows import HASH, Hashes, row_hashes
 from nemo_image.dedup.exchange.runs import read_batch, write_batches
 from nemo_image.dedup.exchange.survey import state_columns
 from nemo_image.dedup.exchange.usable import Matrix, usable_vectors
-from nemo_image.dedup.exchange.work import Work, frames, run_all
+from nemo_image.dedup.exchange.work import Work
 from nemo_image.engine import threads
 from nemo_image.errors import EmbeddingError
 from nemo_image.shards import files

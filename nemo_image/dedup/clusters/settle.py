@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nemo_image import schema
+from nemo_image.datasets.passes import run_all
 from nemo_image.dedup.clusters.solve import VISIT
 from nemo_image.dedup.exchange.gather import found_url
 from nemo_image.dedup.exchange.rows import Order
 from nemo_image.dedup.exchange.runs import read_batches, write_batches
-from nemo_image.dedup.exchange.work import run_all
 from nemo_image.shards import files
 
 FIXES = "settled.arrow"

@@ -23,9 +23,10 @@ import xxhash
 
 from nemo_image import backend
 from nemo_image.datasets import ImageTextPairDataset
+from nemo_image.datasets.passes import run_all
 from nemo_image.dedup.evaluation.pictures import PATH
 from nemo_image.dedup.exchange.usable import usable_vectors
-from nemo_image.dedup.exchange.work import read_json, run_all, write_json
+from nemo_image.dedup.exchange.work import read_json, write_json
 from nemo_image.dedup.hashes.hamming import hashes_from_hex
 from nemo_image.dedup.hashes.hash_run import FLAT
 from nemo_image.errors import EmbeddingError

@@ -13,7 +13,7 @@ import pyarrow as pa
 from nemo_image import schema
 from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.datasets.discover import is_pattern
-from nemo_image.dedup.exchange.work import run_all
+from nemo_image.datasets.passes import run_all
 from nemo_image.errors import DatasetError
 from nemo_image.shards import files, parquet
 from nemo_image.shards.keys import IMAGE_EXTENSIONS

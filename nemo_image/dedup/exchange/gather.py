@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nemo_image import schema
+from nemo_image.datasets.passes import run_all
 from nemo_image.dedup.exchange.rows import HASH, ORDER
 from nemo_image.dedup.exchange.runs import MAX_BUCKETS, read_batch, write_batches
 from nemo_image.dedup.exchange.scatter import GROUP_SHIFT, ROWS, Scattered, members_url
 from nemo_image.dedup.exchange.usable import BAD_VALUE, JUDGED
-from nemo_image.dedup.exchange.work import run_all
 from nemo_image.errors import DatasetError
 from nemo_image.shards import files, parquet
 

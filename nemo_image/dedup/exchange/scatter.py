@@ -17,12 +17,13 @@ import pyarrow as pa
 
 from nemo_image import backend, schema
 from nemo_image.datasets.partitions import PartitionTask, ShardTasks
+from nemo_image.datasets.passes import frames, run_all
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.dedup.exchange.rows import Hashes, row_hashes
 from nemo_image.dedup.exchange.runs import RUN_BYTES, RunWriter
 from nemo_image.dedup.exchange.survey import ShardCount
 from nemo_image.dedup.exchange.usable import BAD_VALUE, JUDGED, NO_VALUE, PASSED_BY
-from nemo_image.dedup.exchange.work import frames, read_json, run_all, write_json
+from nemo_image.dedup.exchange.work import read_json, write_json
 from nemo_image.shards import files, parquet
 
 GROUP_SHIFT = 40

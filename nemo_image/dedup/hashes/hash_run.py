@@ -14,6 +14,7 @@ from dask.base import tokenize
 
 from nemo_image import backend, schema
 from nemo_image.datasets import ImageTextPairDataset
+from nemo_image.datasets.passes import file_identities, run_all
 from nemo_image.dedup.clusters.bucket import read_rows
 from nemo_image.dedup.exchange.gather import FOUND, GatherRange, WriteFound, gather, range_of_groups
 from nemo_image.dedup.exchange.rows import HASH, ORDER, Hashes, Order
@@ -21,7 +22,7 @@ from nemo_image.dedup.exchange.runs import MAX_BUCKETS
 from nemo_image.dedup.exchange.scatter import GROUPS, RUNS, Keyed, Scattered, ScatterGroup, make_groups, scatter
 from nemo_image.dedup.exchange.survey import count_rows, has_error, passed_by, state_columns
 from nemo_image.dedup.exchange.usable import BAD_VALUE, JUDGED, NO_VALUE, PASSED_BY
-from nemo_image.dedup.exchange.work import Work, begin, file_identities, remove, run_all
+from nemo_image.dedup.exchange.work import Work, begin, remove
 from nemo_image.dedup.hashes.hamming import hashes_from_hex, near_hashes
 from nemo_image.dedup.result import RESULT, DedupResult, with_columns
 from nemo_image.engine.ledger import FOLDER

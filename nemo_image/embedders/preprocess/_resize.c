@@ -29,7 +29,7 @@ static int best_level(void) {
 static int best_level(void) { return PORTABLE; }
 #endif
 
-enum { STRIP = 8, SMALLEST_BITS = 15, MOST_PLACES = 22, WIDEST_SPREAD = 1 << 16 };
+enum { STRIP = 8, LINE = 64, SMALLEST_BITS = 15, MOST_PLACES = 22, WIDEST_SPREAD = 1 << 16 };
 
 /* Which pixels of the source each output is made of. */
 typedef struct {
@@ -151,6 +151,23 @@ static void filter_columns(const uint8_t *rows, int64_t stride, int64_t bytes, c
 
 #ifdef AVX2
 
+/* The next strip, which is asked for while one is filtered: rows by turns of 8 are more than the processor foresees. */
+typedef struct {
+    const uint8_t *rows;
+    int64_t stride, bytes, step; /* of each row so many bytes; at each call so many lines of the cache */
+    int64_t row, at;             /* where it stands */
+} Ahead;
+
+static inline void ask(Ahead *ahead) {
+    for (int64_t k = 0; k < ahead->step && ahead->row < STRIP; k++) {
+        __builtin_prefetch(ahead->rows + ahead->row * ahead->stride + ahead->at);
+        if ((ahead->at += LINE) >= ahead->bytes) {
+            ahead->at = 0;
+            ahead->row++;
+        }
+    }
+}
+
 /* Four sums of products to bytes. In each half of a register, so that interleaving within halves is undone. */
 AVX2 static inline __m256i to_bytes(__m256i a, __m256i b, __m256i c, __m256i d, __m128i places) {
     const __m256i ab = _mm256_packs_epi32(_mm256_sra_epi32(a, places), _mm256_sra_epi32(b, places));
@@ -188,12 +205,14 @@ AVX2 static void spread_rows(const uint8_t *rows, int64_t stride, int64_t pixels
 }
 
 /* As `filter_rows`, from rows that are spread from pixel axis->low on. Writes a byte beyond each row. */
-AVX2 static void filter_rows_avx2(const __m256i *spread, const Axis *axis, uint8_t *out, int64_t out_stride) {
+AVX2 static void filter_rows_avx2(const __m256i *spread, Ahead ahead, const Axis *axis, uint8_t *out,
+                                  int64_t out_stride) {
     const __m256i half = _mm256_set1_epi32(1 << axis->places >> 1);
     const __m128i places = _mm_cvtsi32_si128(axis->places);
     for (int64_t x = 0; x < axis->count; x++, out += 3) {
         const __m256i *p = spread + (axis->first[x] - axis->low) / 2 * (STRIP / 2);
         const int16_t *w = axis->weights + x * axis->taps;
+        ask(&ahead);
         __m256i a = half, b = half, c = half, d = half;
         for (int64_t t = 0; t < axis->taps; t += 2, p += STRIP / 2) {
             const __m256i both = two_weights(w + t);
@@ -288,11 +307,13 @@ AVX512 static inline void store_rows(__m512i four, uint8_t *out, int64_t stride)
 }
 
 /* Four outputs at a time. Writes up to 13 bytes beyond each row. */
-AVX512 static void filter_rows_512(const __m512i *spread, const Axis *axis, uint8_t *out, int64_t out_stride) {
+AVX512 static void filter_rows_512(const __m512i *spread, Ahead ahead, const Axis *axis, uint8_t *out,
+                                   int64_t out_stride) {
     const __m512i without_zeros = _mm512_broadcast_i32x4(
         _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1));
     const int64_t last = axis->count - 1;
     for (int64_t x = 0; x <= last; x += 4, out += 12) {
+        ask(&ahead);
         __m512i sums[4];
         for (int k = 0; k < 4; k++) sums[k] = filter_once_512(spread, axis, x + k < last ? x + k : last);
         const __m512 ab = _mm512_castsi512_ps(_mm512_packus_epi16(sums[0], sums[1]));
@@ -333,14 +354,18 @@ static void filter_strip(const uint8_t *rows, int64_t stride, int64_t span, cons
                          int64_t out_stride, int level) {
 #ifdef AVX2
     const uint8_t *read = rows + 3 * axis->low;
+    const int64_t turns = level == WITH_AVX512 ? (axis->count + 3) / 4 : axis->count;
+    const int64_t lines = STRIP * ((3 * span + LINE - 1) / LINE);
+    const Ahead ahead = {.rows = read + STRIP * stride, .stride = stride, .bytes = 3 * span,
+                         .step = (lines + turns - 1) / turns};
     if (level == WITH_AVX512) {
         spread_rows_512(read, stride, span, room);
-        filter_rows_512(room, axis, out, out_stride);
+        filter_rows_512(room, ahead, axis, out, out_stride);
         return;
     }
     if (level == WITH_AVX2) {
         spread_rows(read, stride, span, room);
-        filter_rows_avx2(room, axis, out, out_stride);
+        filter_rows_avx2(room, ahead, axis, out, out_stride);
         return;
     }
 #endif

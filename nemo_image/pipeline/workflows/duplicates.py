@@ -18,8 +18,9 @@ from nemo_image import schema
 from nemo_image.datasets.footers import each, in_chunks
 from nemo_image.datasets.load import id_positions, read_rows
 from nemo_image.datasets.parquet_folder import split_names
+from nemo_image.datasets.passes import run_all
 from nemo_image.dedup.exchange.scatter import ROWS
-from nemo_image.dedup.exchange.work import remove, run_all
+from nemo_image.dedup.exchange.work import remove
 from nemo_image.errors import DatasetError
 from nemo_image.pipeline.workflows.listing import ID, Listing, plain
 from nemo_image.pipeline.workflows.names import require_clear_names

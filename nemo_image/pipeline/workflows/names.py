@@ -13,8 +13,9 @@ import pyarrow.compute as pc
 
 from nemo_image import schema
 from nemo_image.datasets.parquet_folder import split_names
+from nemo_image.datasets.passes import run_all
 from nemo_image.dedup.exchange.runs import MAX_BUCKETS, RunWriter, read_batch
-from nemo_image.dedup.exchange.work import remove, run_all
+from nemo_image.dedup.exchange.work import remove
 from nemo_image.errors import DatasetError
 from nemo_image.pipeline.workflows.listing import Listing, plain
 from nemo_image.shards import files
