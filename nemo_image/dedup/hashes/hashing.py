@@ -5,10 +5,9 @@ Both are functions for `ImageTextPairDataset.map_columns`, which add a column of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Literal, get_args
 
 import pandas as pd
@@ -19,21 +18,15 @@ from nemo_image.datasets.columns import rows_by_shard
 from nemo_image.datasets.samples import samples_of_rows
 from nemo_image.datasets.shard_pass import open_tar
 from nemo_image.datasets.source import DatasetSource
-from nemo_image.engine import threads
-from nemo_image.engine.decoding.isolated import Guarded, Isolated, Parts
-from nemo_image.engine.decoding.pool import for_each_row
-from nemo_image.engine.prefetch import prefetch
+from nemo_image.engine.decoding.each import value_of_each
 from nemo_image.errors import ArgumentError, ImageError, MissingDependencyError, ShardError
 from nemo_image.shards.decode import decode_pillow
-from nemo_image.shards.failures import as_image_errors
 
 HashName = Literal["phash", "dhash", "ahash"]
 
 Hashed = Generator[str | ImageError, None, None]
 
 _FUNCTIONS = {"phash": "phash", "dhash": "dhash", "ahash": "average_hash"}  # imagehash's names
-_BATCH = 64
-"""Pictures that are decoded together."""
 
 
 class _ImageHash:
@@ -146,76 +139,21 @@ class PerceptualHash(_ImageHash):
         self.num_threads = num_threads
 
     def hash_all(self, blobs: Iterable[bytes]) -> Hashed:
-        """Yield the hash of each picture, or why it cannot be decoded."""
-        hasher = Hasher(self.hash, min(self.num_threads, threads.task_share()))
-        with Guarded(hasher, lambda: Isolated(hasher, _merged)) as guarded, closing(prefetch(_batches(blobs))) as ready:
-            for some in ready:
-                yield from guarded(some).outcomes
+        """Return the hash of each picture, or why it cannot be decoded."""
+        return value_of_each(blobs, _Hasher(self.hash), self.num_threads)
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         return ("PerceptualHash", self.source.__dask_tokenize__(), self.hash)
 
 
 @dataclass(frozen=True)
-class HashedBatch:
-    """The hash of each of several pictures, or why there is none."""
-
-    outcomes: list[str | ImageError]
-
-    @property
-    def errors(self) -> list[str | None]:
-        """The reason of each picture that has no hash."""
-        return [outcome.reason if isinstance(outcome, ImageError) else None for outcome in self.outcomes]
-
-
-@dataclass(frozen=True)
-class Hasher:
-    """Decodes and hashes pictures, in threads."""
+class _Hasher:
+    """Makes a hash of a picture."""
 
     hash: HashName
-    num_threads: int
 
-    def __call__(self, blobs: Sequence[bytes | None]) -> HashedBatch:
-        """Return the hash of each picture.
-
-        Raises
-        ------
-        DecoderStalledError
-            If a picture takes longer than its time limit.
-        """
-        function = _hash_function(self.hash)
-        outcomes: list[str | ImageError] = [""] * len(blobs)
-
-        def one(row: int) -> None:
-            blob = blobs[row] or b""
-            try:
-                with as_image_errors(blob):
-                    outcomes[row] = str(function(decode_pillow(blob)[1]))
-            except ImageError as error:
-                outcomes[row] = error.with_traceback(None)  # its frames would keep the picture alive
-
-        for_each_row(one, len(blobs), self.num_threads)
-        return HashedBatch(outcomes)
-
-
-def _merged(count: int, parts: Parts[HashedBatch]) -> HashedBatch:
-    outcomes: list[str | ImageError] = [""] * count
-    for rows, part in parts:
-        made = [_as_error(part)] if isinstance(part, str) else part.outcomes
-        for row, outcome in zip(rows, made, strict=True):
-            outcomes[row] = outcome
-    return HashedBatch(outcomes)
-
-
-def _as_error(reason: str) -> ImageError:
-    category, _, detail = reason.partition(": ")
-    return ImageError(category, detail)
-
-
-def _batches(blobs: Iterable[bytes]) -> Iterator[list[bytes]]:
-    waiting = iter(blobs)
-    while some := list(islice(waiting, _BATCH)):
-        yield some
+    def __call__(self, blob: bytes) -> str:
+        return str(_hash_function(self.hash)(decode_pillow(blob)[1]))
 
 
 def _hash_function(name: HashName) -> Callable[[Any], Any]:

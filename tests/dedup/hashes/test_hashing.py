@@ -319,22 +319,18 @@ def test_no_rows(tmp_path: Path) -> None:
 
 def odd_hasher(flag: Path) -> type:
     """Return a hasher that does what a picture's tail says. It is local, so that a child process gets it by value."""
-    name, plain = str(flag), hashing.Hasher
+    name, plain = str(flag), hashing._Hasher
 
     class Odd:
-        def __init__(self, *settings: Any) -> None:
-            self.inner = plain(*settings)
+        def __init__(self, hash: hashing.HashName) -> None:
+            self.inner = plain(hash)
 
-        def __call__(self, blobs: Sequence[bytes | None]) -> Any:
-            def act(row: int) -> None:
-                blob = blobs[row] or b""
-                if blob.endswith(b"segfault"):
-                    ctypes.string_at(0)
-                while blob.endswith(b"hangs") and os.path.exists(name):
-                    threading.Event().wait(0.01)
-
-            pool.for_each_row(act, len(blobs), 2)
-            return self.inner(blobs)
+        def __call__(self, blob: bytes) -> str:
+            if blob.endswith(b"segfault"):
+                ctypes.string_at(0)
+            while blob.endswith(b"hangs") and os.path.exists(name):
+                threading.Event().wait(0.01)
+            return self.inner(blob)
 
     return Odd
 
@@ -353,7 +349,7 @@ def test_a_picture_costs_itself_only(tmp_path: Path, monkeypatch: pytest.MonkeyP
     expected = [None if seed == 2 else str(imagehash.phash(picture_of(samples[seed][1]["jpg"]))) for seed in range(5)]
     flag = tmp_path / "hangs"
     flag.touch()
-    monkeypatch.setattr(hashing, "Hasher", odd_hasher(flag))
+    monkeypatch.setattr(hashing, "_Hasher", odd_hasher(flag))
     monkeypatch.setattr(pool, "SECONDS_A_PICTURE", 1.0)
     monkeypatch.setattr(isolated, "SECONDS_A_PICTURE", 5.0)
     try:
