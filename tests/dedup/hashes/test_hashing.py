@@ -200,6 +200,7 @@ def test_the_same_reasons_as_an_embedder_gives(tmp_path: Path) -> None:
     assert errors == [None if value is pd.NA else value for value in embedded[schema.IMAGE_ERROR]]
 
 
+@pytest.mark.in_process("watches or changes this process")
 def test_a_picture_that_fails_in_the_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_memory(image: Image.Image) -> Any:
         raise MemoryError
@@ -254,6 +255,7 @@ def test_reasons_stand_beside_their_rows(tmp_path: Path) -> None:
         }
 
 
+@pytest.mark.in_process("watches or changes this process")
 @pytest.mark.parametrize("which", [0, 1])
 def test_in_windows(tmp_path: Path, which: int, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = load(make_dataset(tmp_path / "in", {"a": 5}))
@@ -287,6 +289,7 @@ def test_saved_once(tmp_path: Path, which: int) -> None:
     assert first.metadata[column].compute().notna().all()
 
 
+@pytest.mark.in_process("watches or changes this process")
 @pytest.mark.parametrize("which", [0, 1])
 def test_only_the_rows_that_are_left_are_read(tmp_path: Path, which: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from nemo_image.shards.read import ShardReader
