@@ -74,7 +74,7 @@ def read_clip_retrieval(
     taken = {dataset.id_col, schema.SHARD} & set(columns.values())
     if taken:
         raise ArgumentError(f"column {taken.pop()!r} says which row is which: give the embeddings another name")
-    root, options = os.fspath(path).rstrip("/"), dataset.source.storage_options
+    root, options = files.folder(path), dataset.source.storage_options
     ids = backend.in_pandas(dataset.metadata[[schema.SHARD, dataset.id_col]])
     folder, numbers = clip_folder.open_folder(root, columns, id_col, dataset.id_col, ids._meta, options)
     result = copy.copy(dataset)
@@ -163,7 +163,7 @@ def write_clip_retrieval(
         If shards failed.
     """
     state = dataset.state
-    target = os.fspath(path).rstrip("/")
+    target = files.folder(path)
     kinds = _columns(image_embedding_column, text_embedding_column)
     fields = _fields_to_write(state, kinds, columns, dtype)
     options = state.source.storage_options

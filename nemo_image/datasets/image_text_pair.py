@@ -21,6 +21,7 @@ from nemo_image.datasets.source import DatasetSource, OnMismatch
 from nemo_image.datasets.state import DatasetState
 from nemo_image.engine.device import new_frames
 from nemo_image.errors import ArgumentError, MissingColumnError, ShardError
+from nemo_image.shards import files
 
 logger = logging.getLogger("nemo_image")
 
@@ -70,7 +71,7 @@ class ImageTextPairDataset(Showing):
             metadata = opening.name_shards(metadata, list(tar_files), found.root)
         source = DatasetSource(
             tar_root=found.root,
-            metadata_root=os.fspath(path).rstrip("/") or "/",
+            metadata_root=files.folder(path),
             id_col=id_col,
             schema=opening.schema_of_frame(metadata),
             frames="cudf" if backend.is_cudf(metadata._meta) else "pandas",
@@ -458,7 +459,7 @@ class ImageTextPairDataset(Showing):
         OutputBusyError
             If another run is writing to `path`.
         """
-        target = os.fspath(path).rstrip("/")
+        target = files.folder(path)
         how = export.ExportOptions(
             filter_column, samples_per_shard, max_shards, old_id_col, keep_ids, shuffle_seed, replace
         )
@@ -503,4 +504,4 @@ class ImageTextPairDataset(Showing):
 
 
 def _target(path: str | os.PathLike[str] | None) -> str | None:
-    return None if path is None else os.fspath(path).rstrip("/")
+    return None if path is None else files.folder(path)

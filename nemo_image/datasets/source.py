@@ -50,6 +50,12 @@ class DatasetSource:
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     frames: Frames = "pandas"
 
+    def __post_init__(self) -> None:
+        # Tasks may run in other folders.
+        object.__setattr__(self, "tar_root", files.folder(self.tar_root))
+        object.__setattr__(self, "metadata_root", files.folder(self.metadata_root))
+        object.__setattr__(self, "sidecars", {files.folder(at): names for at, names in self.sidecars.items()})
+
     def tar_url(self, shard: str) -> str:
         """Return the URL of a shard's tar."""
         return files.join(self.tar_root, shard + ".tar")

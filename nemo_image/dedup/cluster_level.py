@@ -87,11 +87,11 @@ class SemanticClusterLevelDedup:
                 "which_to_keep: the files of a ClusteringModel hold no columns to keep by; SemanticDedup can"
             )
         self.n_clusters = n_clusters
-        self.emb_by_clust_dir = os.fspath(emb_by_clust_dir).rstrip("/")
+        self.emb_by_clust_dir = files.folder(emb_by_clust_dir)
         self.id_column = id_column
         self.which_to_keep = which_to_keep
         self.sim_metric = sim_metric
-        self.output_dir = os.fspath(output_dir).rstrip("/")
+        self.output_dir = files.folder(output_dir)
         self.embedding_column = embedding_column
         self.batched_cosine_similarity = batched_cosine_similarity
         self.storage_options = dict(storage_options or {})

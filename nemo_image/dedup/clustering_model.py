@@ -15,6 +15,7 @@ from nemo_image.dedup.exchange.work import begin
 from nemo_image.dedup.result import ResultColumns, add_columns
 from nemo_image.dedup.semantic_run import work_of
 from nemo_image.engine.run_lock import run_lock
+from nemo_image.shards import files
 
 
 class ClusteringModel:
@@ -55,7 +56,7 @@ class ClusteringModel:
         self.id_column = id_column
         self.max_iter = max_iter
         self.n_clusters = n_clusters
-        self.clustering_output_dir = os.fspath(clustering_output_dir).rstrip("/")
+        self.clustering_output_dir = files.folder(clustering_output_dir)
         self.embedding_column = embedding_column
         self.random_state = random_state
         self.fit_rows = fit_rows

@@ -105,7 +105,7 @@ class Decontaminate:
         self.hash = hash
         self.embedding_column = embedding_column
         self.num_threads = num_threads
-        self.output_dir = None if output_dir is None else os.fspath(output_dir).rstrip("/")
+        self.output_dir = None if output_dir is None else files.folder(output_dir)
         self.evaluation_: EvaluationSet | None = None
 
     def __call__(self, dataset: ImageTextPairDataset) -> ImageTextPairDataset:
@@ -269,7 +269,7 @@ class _Given:
     def of(cls, against: Any, storage_options: Any) -> _Given:
         if isinstance(against, ImageTextPairDataset):
             return cls("", (), against)
-        path = files.absolute(against).rstrip("/") if isinstance(against, str | os.PathLike) else list(against)
+        path = files.folder(against) if isinstance(against, str | os.PathLike) else list(against)
         if is_dataset(path, storage_options):
             return cls("", (), ImageTextPairDataset.from_webdataset(path, storage_options=storage_options))
         assert isinstance(path, str)

@@ -10,6 +10,7 @@ from nemo_image.dedup.exchange.rows import Order
 from nemo_image.dedup.hashes.hash_run import HASH_WORDS, HashSettings, deduplicate
 from nemo_image.dedup.hashes.hashing import ContentHash
 from nemo_image.dedup.result import DedupResult
+from nemo_image.shards import files
 
 logger = logging.getLogger("nemo_image")
 
@@ -53,7 +54,7 @@ class ExactDedup:
         self.which_to_keep = which_to_keep
         self.id_column = id_column
         self.random_state = random_state
-        self.output_dir = None if output_dir is None else os.fspath(output_dir).rstrip("/")
+        self.output_dir = None if output_dir is None else files.folder(output_dir)
         self.result_: DedupResult | None = None
         self._order = Order.of(which_to_keep, HASH_WORDS)
 

@@ -12,6 +12,7 @@ from nemo_image.dedup.hashes.hash_run import HASH_WORDS, HashSettings, deduplica
 from nemo_image.dedup.hashes.hashing import PerceptualHash
 from nemo_image.dedup.result import DedupResult
 from nemo_image.errors import ArgumentError
+from nemo_image.shards import files
 
 logger = logging.getLogger("nemo_image")
 
@@ -77,7 +78,7 @@ class PerceptualDedup:
         self.id_column = id_column
         self.random_state = random_state
         self.num_threads = num_threads
-        self.output_dir = None if output_dir is None else os.fspath(output_dir).rstrip("/")
+        self.output_dir = None if output_dir is None else files.folder(output_dir)
         self.result_: DedupResult | None = None
         self._order = Order.of(which_to_keep, HASH_WORDS)
 

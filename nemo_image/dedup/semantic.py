@@ -120,7 +120,7 @@ class SemanticDedup:
         self.centroids = centroids
         self.against = against
         self.batch_size = batch_size
-        self.output_dir = None if output_dir is None else os.fspath(output_dir).rstrip("/")
+        self.output_dir = None if output_dir is None else files.folder(output_dir)
         self.result_: DedupResult | None = None
         self.cluster_settings("").check()
 

@@ -28,6 +28,7 @@ from nemo_image.engine.model_cache import ModelSpec, get_model
 from nemo_image.engine.tokens import behaviour_token
 from nemo_image.engine.weights import sha256_file
 from nemo_image.errors import ArgumentError, WeightsError
+from nemo_image.shards import files
 from nemo_image.shards.read import ShardReader
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class NetworkEmbedder(ImageEmbedder):
             normalize_embeddings=normalize_embeddings,
             embedding_dtype=embedding_dtype,
         )
-        self.weights = None if weights is None else os.fspath(weights)
+        self.weights = None if weights is None else files.absolute(weights)
         self.batch_size = batch_size
         self.num_threads_per_worker = num_threads_per_worker
         self.autocast = autocast

@@ -87,7 +87,7 @@ class Blocklist:
         self.column = column
         self.content_hash = content_hash
         self.blocked_column = blocked_column
-        self.output_dir = None if output_dir is None else os.fspath(output_dir).rstrip("/")
+        self.output_dir = None if output_dir is None else files.folder(output_dir)
 
     def __call__(self, dataset: ImageTextPairDataset) -> ImageTextPairDataset:
         """Read the list now; return the dataset with the column added, lazily.

@@ -54,7 +54,7 @@ class CaptionDuplicates:
 
     def __init__(self, caption_column: str | None = None, output_dir: str | os.PathLike[str] | None = None) -> None:
         self.caption_column = caption_column
-        self.output_dir = None if output_dir is None else os.fspath(output_dir).rstrip("/")
+        self.output_dir = None if output_dir is None else files.folder(output_dir)
 
     def __call__(self, dataset: ImageTextPairDataset) -> ImageTextPairDataset:
         """Count now; return the dataset with the columns, which read the result.

@@ -11,6 +11,7 @@ from nemo_image.errors import ArgumentError
 from nemo_image.pipeline.executor import DaskExecutor
 from nemo_image.pipeline.fit import Stage, check_fit, decomposed, with_own_names
 from nemo_image.pipeline.results import PipelineResults
+from nemo_image.shards import files
 from nemo_image.stages.base import ProcessingStage
 from nemo_image.stages.tasks import Task
 
@@ -99,7 +100,7 @@ class Pipeline:
             If groups failed: the others are finished; lists them with their causes.
         """
         self.build(initial_tasks)
-        path = None if checkpoint_path is None else os.fspath(checkpoint_path).rstrip("/")
+        path = None if checkpoint_path is None else files.folder(checkpoint_path)
         return (executor or DaskExecutor()).execute(self.stages, initial_tasks, path, self.name)
 
     def __repr__(self) -> str:

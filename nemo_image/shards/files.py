@@ -122,6 +122,11 @@ def absolute(url: Url) -> str:
     return text if "://" in text else os.path.abspath(os.path.expanduser(text))
 
 
+def folder(url: Url) -> str:
+    """Return what `absolute` does, without a slash at its end."""
+    return absolute(url).rstrip("/") or "/"
+
+
 def list_files(root: Url, suffix: str, storage_options: StorageOptions = None) -> list[str]:
     """Return the sorted names of the files directly in a folder that end in a suffix.
 

@@ -184,7 +184,7 @@ class ParquetWriter(ProcessingStage[DocumentBatch, FileGroup]):
     def __post_init__(self) -> None:
         if not os.fspath(self.path):
             raise ArgumentError("path is empty: give the folder to write to")
-        self.path = files.absolute(self.path).rstrip("/")
+        self.path = files.folder(self.path)
 
     def inputs(self) -> Fields:
         """Return what the stage needs."""

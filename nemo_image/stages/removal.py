@@ -71,7 +71,7 @@ class ImageDuplicatesRemovalStage(ProcessingStage[ImageBatch, ImageBatch]):
     def __post_init__(self) -> None:
         if not os.fspath(self.removal_parquets_dir):
             raise ArgumentError("removal_parquets_dir is empty: give the folder of the ids to remove")
-        self.removal_parquets_dir = files.absolute(self.removal_parquets_dir).rstrip("/")
+        self.removal_parquets_dir = files.folder(self.removal_parquets_dir)
         if not isinstance(self.duplicate_id_field, str) or not self.duplicate_id_field:
             raise ArgumentError(f"duplicate_id_field must be the name of a column, not {self.duplicate_id_field!r}")
         if self.num_workers_per_node is not None:

@@ -98,7 +98,7 @@ class ImageWriterStage(ProcessingStage[ImageBatch, FileGroup]):
     def __post_init__(self) -> None:
         if not isinstance(self.output_dir, str | os.PathLike) or not os.fspath(self.output_dir):
             raise ArgumentError(f"output_dir must be a folder or URL, not {self.output_dir!r}")
-        self.output_dir = files.absolute(self.output_dir).rstrip("/")
+        self.output_dir = files.folder(self.output_dir)
         size = self.images_per_tar
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ArgumentError(f"images_per_tar must be a whole number, at least 1, not {size!r}")

@@ -90,7 +90,7 @@ def generations(against: Any, work: Work, embedding_column: str, id_column: str)
     while folder is not None:
         if not isinstance(folder, str | os.PathLike):
             raise ArgumentError(f"against must be the folder of an earlier result, or a DedupResult, not {folder!r}")
-        result = _read(os.fspath(folder), options)
+        result = _read(files.folder(folder), options)
         made_by = work.dataset.provenance.get(embedding_column)
         if result.settings["embedding"] is not None and made_by is not None and result.settings["embedding"] != made_by:
             raise EmbeddingError(

@@ -70,8 +70,8 @@ class DeduplicationWorkflow:
         verbose: bool,
     ) -> None:
         paths = [input_path] if isinstance(input_path, str | os.PathLike) else list(input_path)
-        self.input_paths = [os.fspath(path) for path in paths]
-        self.output_path = os.fspath(output_path).rstrip("/")
+        self.input_paths = [files.absolute(path) for path in paths]
+        self.output_path = files.folder(output_path)
         self.id_field = id_field
         self.metadata_fields = list(metadata_fields or ())
         self.storage_options = dict(storage_options)

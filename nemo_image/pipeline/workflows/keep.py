@@ -12,6 +12,7 @@ from nemo_image import schema
 from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.errors import ArgumentError
 from nemo_image.filters import KeepExpression, add_columns, keep_with_thresholds
+from nemo_image.shards import files
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ class KeepWorkflow:
         shuffle_seed: int | None = None,
         replace: bool = False,
     ) -> None:
-        self.input_path = os.fspath(input_path)
-        self.output_path = os.fspath(output_path).rstrip("/")
+        self.input_path = files.absolute(input_path)
+        self.output_path = files.folder(output_path)
         texts = [keep] if isinstance(keep, str) else list(keep)
         if not texts:
             raise ArgumentError("keep names no expression: write for example 'clip_score in top 30%'")

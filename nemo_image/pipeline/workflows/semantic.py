@@ -154,7 +154,7 @@ max_samples_per_batch, _duplicates_num_row_groups_hint
         _refuse_others(given)
         options = storage_options(read_kwargs=read_kwargs, cache_kwargs=cache_kwargs, write_kwargs=write_kwargs)
         super().__init__(input_path, output_path, id_field, metadata_fields, options, clear_output, verbose)
-        self.cache_path = None if cache_path is None else os.fspath(cache_path).rstrip("/")
+        self.cache_path = None if cache_path is None else files.folder(cache_path)
         self.fit_data_fraction = fit_data_fraction
         self.eps = eps
         if ranking_strategy is not None:
@@ -198,7 +198,7 @@ max_samples_per_batch, _duplicates_num_row_groups_hint
         """
         if checkpoint_path is not None and self.cache_path is not None:
             raise ArgumentError("what a rerun takes over lies in cache_path: leave out checkpoint_path")
-        cache = os.fspath(checkpoint_path or self.cache_path or self.output_path).rstrip("/")
+        cache = files.folder(checkpoint_path or self.cache_path or self.output_path)
         self._require_apart(cache)
         options = self.storage_options
         work = files.join(cache, WORK)
@@ -218,7 +218,7 @@ max_samples_per_batch, _duplicates_num_row_groups_hint
     def _require_apart(self, cache: str) -> None:
         """Raise if later runs would take this one's files for input."""
         for path in self.input_paths:
-            inside = files.absolute(path).rstrip("/") + "/"
+            inside = files.folder(path) + "/"
             for name, other in (("output_path", self.output_path), ("cache_path", cache)):
                 if (files.absolute(other) + "/").startswith(inside):
                     raise ArgumentError(f"{name}={other!r} lies in input_path={path!r}: give a folder elsewhere")
