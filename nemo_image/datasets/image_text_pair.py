@@ -459,7 +459,8 @@ class ImageTextPairDataset(Showing):
         OutputBusyError
             If another run is writing to `path`.
         """
-        target = files.folder(path)
+        target = _target(path)
+        assert target is not None
         how = export.ExportOptions(
             filter_column, samples_per_shard, max_shards, old_id_col, keep_ids, shuffle_seed, replace
         )
@@ -504,4 +505,6 @@ class ImageTextPairDataset(Showing):
 
 
 def _target(path: str | os.PathLike[str] | None) -> str | None:
+    if path is not None and not os.fspath(path):
+        raise ArgumentError("path is empty: give a folder")
     return None if path is None else files.folder(path)

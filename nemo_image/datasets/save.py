@@ -78,7 +78,7 @@ def save(
     See :meth:`ImageTextPairDataset.save_metadata`, which calls this.
     """
     options.check()
-    _check_target(state, target, columns)
+    target = _elsewhere(state, target, columns)
     source = state.source
     root = target or source.metadata_root
     with run_lock(root, "save_metadata", source.storage_options, options.part):
@@ -140,7 +140,7 @@ def pending_shards(state: DatasetState, target: str | None, columns: Sequence[st
 
     See :meth:`ImageTextPairDataset.pending_shards`, which calls this.
     """
-    _check_target(state, target, columns)
+    target = _elsewhere(state, target, columns)
     state, _ = unify_schemas(settled_as_before(state, target or state.source.metadata_root))
     source = state.source
     saved = _columns_to_save(state, target, columns)
@@ -162,24 +162,28 @@ def _sweep(root: str, shards: Sequence[str], storage_options: Any, part: tuple[i
     )
 
 
-def _check_target(state: DatasetState, target: str | None, columns: Sequence[str] | None) -> None:
-    if target is not None and target in ("", state.source.tar_root) and target != state.source.metadata_root:
+def _elsewhere(state: DatasetState, target: str | None, columns: Sequence[str] | None) -> str | None:
+    """Return the folder to save to; None for that which the metadata lie in, named or not."""
+    if target == state.source.metadata_root:
+        target = None
+    if target is not None and target == state.source.tar_root:
         raise ArgumentError(f"path {target!r} is where the tars lie: give another folder, or none to enrich in place")
     if columns is not None:
         if target is None:
             raise ArgumentError(
-                "columns chooses what goes to another folder: give path too (in place, every column stays)"
+                "columns chooses what goes to another folder: give its path too (in place, every column stays)"
             )
         if isinstance(columns, str):
             raise ArgumentError(f"columns must be a list of names, not a string: [{columns!r}]")
         state.require_columns(columns)
+    return target
 
 
 def _columns_to_save(state: DatasetState, target: str | None, columns: Sequence[str] | None) -> SavedColumns:
     """Tell which columns the frame must give, and in which types every shard writes them."""
     source = state.source
     lineage = state.lineage
-    in_place = target is None or target == source.metadata_root
+    in_place = target is None
     names = list(state.frame.columns) if columns is None else list(columns)
     if in_place and not lineage.touched:
         # What the user did not touch is already in the file.
@@ -215,7 +219,7 @@ def _saved_type(state: DatasetState, name: str, meta: Any) -> pa.DataType:
 def _write_manifest(state: DatasetState, target: str | None) -> None:
     source = state.source
     folders = sorted({posixpath.dirname(shard) for shard in state.shards})
-    if target is not None and target != source.metadata_root:
+    if target is not None:
         values: dict[str, Any] = {
             "tar_root": files.absolute(source.tar_root),
             "folders": folders,

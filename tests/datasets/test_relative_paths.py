@@ -6,12 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
 from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.dedup import ExactDedup
 from nemo_image.embedders import TimmImageEmbedder
+from nemo_image.errors import ArgumentError
 from nemo_image.filters import Blocklist
 from nemo_image.pipeline import DaskExecutor, Pipeline
 from nemo_image.stages import FilePartitioningStage, ImageReaderStage, ImageWriterStage
@@ -60,3 +62,34 @@ def test_pipeline(elsewhere: Path) -> None:
     pipeline.run(DaskExecutor(), checkpoint_path="progress")
     assert sum(pq.read_metadata(path).num_rows for path in (elsewhere / "written").glob("*.parquet")) == 5
     assert (elsewhere / "progress").is_dir()
+
+
+@pytest.mark.parametrize("named", ["data", "./data/", "absolute"])
+def test_the_datasets_own_folder_by_its_name(elsewhere: Path, named: str) -> None:
+    """Enriching it is enriching in place: all columns stay, and the result is the dataset itself."""
+    before = ImageTextPairDataset.from_webdataset("data")
+    path = str(elsewhere / "data") if named == "absolute" else named
+    scored = before.map_columns(
+        double, inputs=["seed"], outputs={"twice": "float64"}, fingerprints={"twice": {"by": 2}}
+    )
+    with pytest.raises(ArgumentError, match="another folder"):
+        scored.save_metadata(path, columns=["twice"])
+    assert scored.pending_shards(path) == ["a", "b"]
+    done = scored.save_metadata(path)
+    assert done.path == before.path
+    assert done.pending_shards() == []
+    for shard in ("a", "b"):
+        names = pq.read_schema(elsewhere / "data" / f"{shard}.parquet").names
+        assert sorted(names) == sorted([*before.metadata.columns, "twice"])
+
+
+def double(frame: pd.DataFrame) -> pd.DataFrame:
+    return pd.DataFrame({"twice": 2.0 * frame["seed"].astype("float64")}, index=frame.index)
+
+
+def test_an_empty_path(elsewhere: Path) -> None:
+    dataset = ImageTextPairDataset.from_webdataset("data")
+    with pytest.raises(ArgumentError, match="path is empty"):
+        dataset.save_metadata("")
+    with pytest.raises(ArgumentError, match="path is empty"):
+        dataset.to_webdataset("", "seed")

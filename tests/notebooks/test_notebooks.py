@@ -118,6 +118,7 @@ def test_its_links_lead_somewhere(path: Path) -> None:
 # The models of 02_image_curation --------------------------------------------------------------------------------------
 
 
+@pytest.mark.in_process("watches or changes this process")
 @pytest.mark.parametrize("models", ["hub", "folder"])
 def test_curation_takes_clip_where_it_is(
     models: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
