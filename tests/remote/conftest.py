@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nemo_image.shards import retries
+from tests.remote.everywhere import environment, set_enough
 from tests.remote.servers import NGINX, Front, nginx, serving, static_app
 
 
+@pytest.fixture
+def everywhere(request: pytest.FixtureRequest) -> Callable[[Callable[..., object], Any], None]:
+    """Calls a function with an argument in this process, and on the workers that the test has because of ``--dask``."""
+    if request.config.getoption("--dask") == "none" or request.node.get_closest_marker("in_process"):
+        return lambda function, argument: function(argument) and None
+    client = request.getfixturevalue("cluster")
+
+    def call(function: Callable[..., object], argument: Any) -> None:
+        function(argument)
+        client.run(function, argument)
+
+    return call
+
+
 @pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NEMO_IMAGE_RETRY_WAIT_S", "0")
-    monkeypatch.setattr(retries, "ENOUGH_S", 1e9)  # the machine may be slow
+def _no_waiting(everywhere: Any) -> Iterator[None]:
+    before = retries.ENOUGH_S
+    everywhere(set_enough, 1e9)  # the machine may be slow
     # Our own retries are what is tested here, and botocore's wait for seconds.
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with environment(everywhere, {"NEMO_IMAGE_RETRY_WAIT_S": "0", "AWS_MAX_ATTEMPTS": "1"}):
+        yield
+    everywhere(set_enough, before)
 
 
 @pytest.fixture(scope="session")
@@ -46,18 +63,18 @@ def _moto() -> Iterator[str]:
 
 
 @pytest.fixture
-def s3(_moto: str, _front: tuple[Front, str], monkeypatch: pytest.MonkeyPatch) -> Front:
+def s3(_moto: str, _front: tuple[Front, str], everywhere: Any) -> Iterator[Front]:
     """An S3 server behind a front; named by the environment, so that no call has to."""
     front, url = _front
     front.reset(_moto)
-    for name, value in (
-        ("AWS_ENDPOINT_URL", url),
-        ("AWS_ACCESS_KEY_ID", "key"),
-        ("AWS_SECRET_ACCESS_KEY", "secret"),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-    ):
-        monkeypatch.setenv(name, value)
-    return front
+    values = {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with environment(everywhere, values):
+        yield front
 
 
 @pytest.fixture

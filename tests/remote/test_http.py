@@ -263,6 +263,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.in_process("a context of certificates does not travel")
 def test_https(certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_dataset(tmp_path / "in", {"00000": 3})
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

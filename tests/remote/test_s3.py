@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from nemo_image.errors import DatasetError, OutputBusyError, RunError
 from nemo_image.schema import FOOTER_KEY
 from nemo_image.shards import files, parquet, retries
 from tests.makers import TINY_MODEL, make_dataset
+from tests.remote.everywhere import environment
 from tests.remote.servers import Front
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is a random network.*")
@@ -97,13 +99,13 @@ def test_what_is_missing_is_filled(s3: Front, bucket: str, store: Any) -> None:
 
 
 @pytest.fixture
-def options(s3: Front, store: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def options(s3: Front, store: Any, everywhere: Any) -> Iterator[dict[str, Any]]:
     """What names the server and its keys, once the environment does not."""
     options = {"key": "key", "secret": "secret", "client_kwargs": {"region_name": "us-east-1"}}
     options["endpoint_url"] = os.environ["AWS_ENDPOINT_URL"]
-    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
-        monkeypatch.delenv(name)
-    return options
+    names = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
+    with environment(everywhere, dict.fromkeys(names)):
+        yield options
 
 
 def test_storage_options_are_carried_along(bucket: str, options: dict[str, Any]) -> None:
