@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from nemo_image.stages.base import ProcessingStage, batches
-from nemo_image.stages.tasks import FileGroup, Task
+from nemo_image.stages.tasks import FileGroup, ImageBatch, Task
 
 logger = logging.getLogger("nemo_image")
 
@@ -42,6 +42,10 @@ class LoadedStage:
 
     def stream(self, tasks: Iterator[Task[Any]], group: FileGroup) -> Iterator[Task[Any]]:
         """Work on a group's tasks; a stage that is not thread-safe, on one at a time in this process."""
+        made = self._stream(tasks, group)
+        return _without_pixels(made) if self.stage.remove_image_data else made
+
+    def _stream(self, tasks: Iterator[Task[Any]], group: FileGroup) -> Iterator[Task[Any]]:
         stage = self.stage
         if stage.thread_safe or type(stage).stream is not ProcessingStage.stream:
             yield from stage.stream(tasks, group)
@@ -50,6 +54,13 @@ class LoadedStage:
             with self._lock:
                 made = stage.process_batch(some)
             yield from made
+
+
+def _without_pixels(tasks: Iterator[Task[Any]]) -> Iterator[Task[Any]]:
+    for task in tasks:
+        for image in task.data if isinstance(task, ImageBatch) else ():
+            image.drop_pixels()
+        yield task
 
 
 _runs: dict[str, list[LoadedStage]] = {}

@@ -96,6 +96,8 @@ class ProcessingStage(Generic[X, Y]):
     resources : Resources
     batch_size : int
         Tasks that :meth:`process_batch` gets at once.
+    remove_image_data : bool
+        Whether a pipeline frees the decoded pixels of the images that the stage gives. The stored file stays.
     thread_safe : bool
         Whether several threads of a process may call it at once.
     works_ahead : bool
@@ -105,6 +107,7 @@ class ProcessingStage(Generic[X, Y]):
     name: str = ""
     resources: Resources = Resources()
     batch_size: int = 1
+    remove_image_data: bool = False
     thread_safe: ClassVar[bool] = False
     works_ahead: ClassVar[bool] = False
 

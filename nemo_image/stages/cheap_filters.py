@@ -33,10 +33,13 @@ class ImageStatsStage(ProcessingStage[ImageBatch, ImageBatch]):
         Of ``width``, ``height``, ``aspect_ratio``, ``blur``, ``brightness`` (these two decode the picture),
         ``caption_length``, ``caption_words``, ``caption_alphanumeric``, ``caption_language`` and
         ``caption_language_score``: what the operators of `nemo_image.filters` of the same columns say.
+    remove_image_data : bool, default False
+        Free the decoded pixels afterwards. The stored file stays.
     """
 
     columns: Sequence[str]
     name: str = "image_stats"
+    remove_image_data: bool = False
 
     thread_safe = True
 
@@ -81,12 +84,15 @@ class ImageQualityFilterStage(ImageFilterStage):
         Least variance of the Laplacian of the luma: blurred pictures have little. 100 is a usual first try.
     min_brightness, max_brightness : float, default 0 and 255
         Of the mean luma.
+    remove_image_data : bool, default False
+        Free the decoded pixels afterwards. The stored file stays.
     """
 
     min_blur: float = 0.0
     min_brightness: float = 0.0
     max_brightness: float = 255.0
     name: str = "image_quality_filter"
+    remove_image_data: bool = False
 
     thread_safe = True
 
@@ -129,6 +135,8 @@ class BlocklistFilterStage(ImageFilterStage):
         The field of the metadata to look up; ``key`` is the sample's key.
     content_hash : {"sha256", "xxh3_128"}, optional
         Look up the hash of the image's bytes instead.
+    remove_image_data : bool, default False
+        Free the decoded pixels afterwards. The stored file stays.
     """
 
     entries: str | Sequence[str | int]
@@ -136,6 +144,7 @@ class BlocklistFilterStage(ImageFilterStage):
     column: str | None = None
     content_hash: str | None = None
     name: str = "blocklist_filter"
+    remove_image_data: bool = False
     _hashes: HashFile | None = field(default=None, init=False, repr=False)
 
     thread_safe = True

@@ -81,6 +81,8 @@ class CaptionFilterStage(ImageFilterStage):
         ISO 639 codes, such as ``["en", "de"]``: captions in other languages are dropped. Needs py3langid.
     min_language_score : float, default 0
         Least probability of the language, 0 to 1.
+    remove_image_data : bool, default False
+        Free the decoded pixels afterwards. The stored file stays.
     """
 
     min_length: int = 1
@@ -91,6 +93,7 @@ class CaptionFilterStage(ImageFilterStage):
     languages: Sequence[str] | None = None
     min_language_score: float = 0.0
     name: str = "caption_filter"
+    remove_image_data: bool = False
 
     thread_safe = True
 
@@ -135,6 +138,8 @@ class ImageSizeFilterStage(ImageFilterStage):
     max_width, max_height : int, optional
     max_aspect_ratio : float, optional
         Of the longer side to the shorter one, at least 1.
+    remove_image_data : bool, default False
+        Free the decoded pixels afterwards. The stored file stays.
     """
 
     min_width: int = 0
@@ -143,6 +148,7 @@ class ImageSizeFilterStage(ImageFilterStage):
     max_height: int | None = None
     max_aspect_ratio: float | None = None
     name: str = "image_size_filter"
+    remove_image_data: bool = False
 
     thread_safe = True
 
@@ -179,6 +185,8 @@ class ExpressionFilterStage(ImageFilterStage):
         what can be measured without a model: ``aspect_ratio``, ``blur``, ``caption_words`` … (see
         :class:`~nemo_image.stages.ImageStatsStage`). Not a quantile, such as ``clip_score in top 30%``: a pipeline sees
         some images at a time, and which they are depends on all.
+    remove_image_data : bool, default False
+        Free the decoded pixels afterwards. The stored file stays.
 
     Raises
     ------
@@ -188,6 +196,7 @@ class ExpressionFilterStage(ImageFilterStage):
 
     expression: str
     name: str = "expression_filter"
+    remove_image_data: bool = False
 
     thread_safe = True
 

@@ -8,12 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nemo_image.engine.ledger import ShardRecord, read_ledgers
 from nemo_image.errors import ArgumentError, DatasetError, PipelineError, RunError, ShardError, TooManyFailuresError
 from nemo_image.pipeline import DaskExecutor, Pipeline
 from nemo_image.stages.base import CompositeStage, ProcessingStage, Resources
+from nemo_image.stages.filters import ImageSizeFilterStage
 from nemo_image.stages.image_object import ImageObject
 from nemo_image.stages.tasks import FileGroup, ImageBatch
 from tests.pipeline.stages_of_tests import Count, Die, DropOdd, Fail, Groups, Images, Names, ids_of, made
@@ -264,3 +266,34 @@ def test_a_cluster_of_its_own_ends_with_the_run(tmp_path: Path) -> None:
     assert str(os.getpid()) not in pids
     after = {child.pid for child in psutil.Process().children(recursive=True) if "spawn_main" in str(child.cmdline())}
     assert after <= before
+
+
+class Pixels(ProcessingStage[ImageBatch, ImageBatch]):
+    """Says which images hold decoded pixels."""
+
+    name = "pixels"
+
+    def process(self, task: ImageBatch) -> ImageBatch:
+        self.log_metric("held", sum(image._pixels is not None for image in task.data))
+        return task
+
+
+@pytest.mark.parametrize("frees", [False, True])
+def test_any_stage_frees_pixels(frees: bool) -> None:
+    stages = [Groups(2), Images(), Draw(), ImageSizeFilterStage(remove_image_data=frees), Pixels()]
+    results = Pipeline("p", stages=stages).run(THREADS)
+    assert results.stage("pixels").metrics.get("held", 0) == (0 if frees else 24)
+    own = DropOdd()
+    own.remove_image_data = frees
+    results = Pipeline("p", stages=[Groups(2), Images(), Draw(), own, Pixels()]).run(THREADS)
+    assert results.stage("pixels").metrics.get("held", 0) == (0 if frees else 12)
+
+
+class Draw(ProcessingStage[ImageBatch, ImageBatch]):
+    """Gives each image pixels."""
+
+    def process(self, task: ImageBatch) -> ImageBatch:
+        for image in task.data:
+            image.image_data = np.zeros((4, 4, 3), np.uint8)
+            image.width = image.height = 4
+        return task
