@@ -52,6 +52,8 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A real cluster of two processes, started once."""
     from distributed import Client, LocalCluster
 
+    from nemo_image.engine.join import make_ready
+
     if request.config.getoption("--dask") == "tls":
         with joined_cluster(tmp_path_factory.mktemp("cluster")) as client:
             yield client
@@ -61,6 +63,7 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as local,
         Client(local, set_as_default=False) as client,
     ):
+        make_ready(client, 2, 60)
         yield client
 
 

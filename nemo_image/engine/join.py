@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -81,7 +82,7 @@ def make_ready(
     environment: Mapping[str, str] | None = None,
     asked_s: float | None = None,
 ) -> None:
-    """Wait for `n_workers`, and let every worker know our dtypes before it unpickles a frame.
+    """Wait for `n_workers`, and prepare each: it must know our dtypes before it unpickles a frame, and may not hang.
 
     Parameters
     ----------
@@ -271,13 +272,19 @@ def _make_plugin(environment: Mapping[str, str]) -> Any:
     from distributed import WorkerPlugin
 
     class PrepareWorker(WorkerPlugin):
-        """Imports our pandas dtypes in every worker, those that join later too."""
+        """Imports our pandas dtypes in every worker, those that join later too, and keeps workers from hanging."""
 
         name = "nemo-image-dtypes"
 
         def setup(self, worker: Any) -> None:
             import nemo_image.schema  # noqa: F401
 
+            if sys.version_info < (3, 12):
+                # Python 3.11 stops for ever where garbage is collected while a thread's frames are looked at, as the
+                # profile of Dask's dashboard does a hundred times a second: github.com/dask/distributed/issues/8616
+                for callback in ("profile", "profile-cycle"):
+                    if callback in worker.periodic_callbacks:
+                        worker.periodic_callbacks.pop(callback).stop()
             for variable, value in environment.items():
                 os.environ.setdefault(variable, value)
 

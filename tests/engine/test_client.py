@@ -53,6 +53,20 @@ def test_closing_ends_the_processes(how: str) -> None:
     assert not any(alive(pid) for pid in pids)
 
 
+def test_on_python_3_11_nothing_looks_at_frames_while_garbage_is_collected() -> None:
+    """Workers would hang for ever, once in some hours: so there is no profile of them on the dashboard."""
+
+    def callbacks(dask_worker: Any) -> set[str]:
+        return set(dask_worker.periodic_callbacks)
+
+    with get_client("cpu", n_workers=1) as client:
+        client.cluster.scale(2)  # one that comes later is made ready too
+        client.wait_for_workers(2)
+        (first, second) = client.run(callbacks).values()
+        assert ("profile" in first) == ("profile" in second) == (sys.version_info >= (3, 12))
+        assert "heartbeat" in first & second
+
+
 def test_tls_is_one_argument() -> None:
     pytest.importorskip("cryptography", reason="makes certificates")
     with get_client("cpu", n_workers=1, security=True) as client:
