@@ -132,10 +132,7 @@ def _curate(input_path: str, output_path: str, conditions: Conditions, options: 
         try:
             # All parts are done. Their locks are free once they have looked; the last one to look comes here alone.
             with run_lock(output_path, "curate", wait_s=PARTS_WAIT_S):
-                whole = ImageTextPairDataset.from_webdataset(
-                    _enriched_path(output_path), id_col=options["id_col"], on_mismatch=options["on_mismatch"]
-                )
-                found.exported = _export(whole, output_path, conditions, options)
+                found.exported = _export(lazy.reopened(_enriched_path(output_path)), output_path, conditions, options)
         except OutputBusyError as error:
             found.busy = str(error)
     return found

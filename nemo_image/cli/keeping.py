@@ -232,12 +232,8 @@ def choose_rows(
     names = dict.fromkeys(name for operator in conditions.operators for name in operator.result_.columns)
     saved = early.save_metadata(folder, columns=[schema.KEPT, *names])
     # All rows again, so that one ledger accounts for them: those that were not kept so far have nulls.
-    source = dataset.source
-    whole = ImageTextPairDataset.from_webdataset(
-        dataset.path, source.id_col, [folder], source.on_mismatch, source.storage_options
-    )
-    whole = add_columns(whole, conditions.columns, caption_column)
-    late, more = keep_with_thresholds(whole, _joined([KeepExpression(schema.KEPT), *conditions.late], source.id_col))
+    whole = add_columns(dataset.reopened(sidecars=[folder]), conditions.columns, caption_column)
+    late, more = keep_with_thresholds(whole, _joined([KeepExpression(schema.KEPT), *conditions.late], whole.id_col))
     return Chosen(late, thresholds | more, found, [(saved.run_totals or {})["ledger"]])
 
 

@@ -40,7 +40,13 @@ _DEFAULTS = ", ".join(f"{name}={one:g}" for name, some in THRESHOLDS.items() for
 
 @click.command(epilog=EXAMPLE)
 @click.argument("dataset_path", metavar="DATASET")
-@click.option("-o", "--output", default="report.html", show_default=True, help="The file, local or a URL; replaced.")
+@click.option(
+    "-o",
+    "--output",
+    default="report.html",
+    show_default=True,
+    help="The file, local or a URL; an earlier report is replaced.",
+)
 @click.option(
     "--threshold",
     "thresholds",
@@ -81,7 +87,8 @@ def report(
     """Show DATASET in one HTML file: what became of its rows, histograms, pictures at thresholds, copies, errors.
 
     The file opens in a browser from disk and loads nothing else. Counts and histograms are of all rows; pictures are a
-    selection. The exit status is 1 if a shard could not be read, or a ledger does not balance.
+    selection, and only their tars are opened. The exit status is 1 if a shard could not be read, or a ledger does not
+    balance.
     """
     dataset = ImageTextPairDataset.from_webdataset(dataset_path, id_col=id_col, sidecars=sidecars)
     with cluster(workers, scheduler_address, scheduler_file):

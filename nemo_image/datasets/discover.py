@@ -42,7 +42,8 @@ def discover(path: str | os.PathLike[str] | Sequence[str], storage_options: Stor
     Parameters
     ----------
     path : str, path or sequence of str
-        ``"/data/set"``, ``"s3://bucket/set/*.tar"``, ``"/data/set/{00000..00099}.tar"``, or tar files by name.
+        ``"/data/set"``, ``"s3://bucket/set/*.tar"``, ``"/data/set/{00000..00099}.tar"``, or tar files by name. A folder
+        or a tar whose own name looks like a pattern is that folder or tar.
 
     Raises
     ------
@@ -55,7 +56,7 @@ def discover(path: str | os.PathLike[str] | Sequence[str], storage_options: Stor
         text = os.fspath(path)
         if not text:
             raise ArgumentError("path is empty: give a folder of tars, a glob, a brace pattern or a list of tars")
-        if is_pattern(text):
+        if not is_literal(text, storage_options):
             return _from_tars(_expand(text, storage_options), text, storage_options)
         if not text.endswith(".tar"):
             return _from_folder(text.rstrip("/") or "/", storage_options)
@@ -66,9 +67,13 @@ def discover(path: str | os.PathLike[str] | Sequence[str], storage_options: Stor
     return _from_tars(tars, f"a list of {len(tars)} files", storage_options)
 
 
-def is_pattern(path: str) -> bool:
-    """Tell whether a path is a glob or a brace pattern."""
-    return any(char in path for char in "{*?[")
+def is_literal(path: str, storage_options: StorageOptions = None) -> bool:
+    """Tell whether a path is no glob and no brace pattern, or looks like one and is there."""
+    if not any(char in path for char in "{*?["):
+        return True
+    if path.endswith(".tar"):
+        return "://" not in path and os.path.exists(path)
+    return not path.startswith(("http://", "https://")) and files.is_folder(path, storage_options)
 
 
 def _from_folder(root: str, storage_options: StorageOptions) -> Found:

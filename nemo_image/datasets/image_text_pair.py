@@ -121,6 +121,22 @@ class ImageTextPairDataset(Showing):
         dataset._set_up(state, run_totals)
         return dataset
 
+    def reopened(
+        self, path: str | os.PathLike[str] | None = None, sidecars: Sequence[str] = ()
+    ) -> ImageTextPairDataset:
+        """Return the dataset as its files are now: its own shards, with no assigned column and no filter.
+
+        Parameters
+        ----------
+        path : str or path, optional
+            A folder that :meth:`save_metadata` has saved it to; by default where its metadata lie.
+        sidecars : sequence of str
+            Further folders of Parquet files, as for :meth:`from_webdataset`.
+        """
+        target = _target(path)
+        target = None if target == self._source.metadata_root else target
+        return type(self)._of(DatasetState.of(opening.reopen(self._source, self._shards, target, sidecars)))
+
     def _set_up(self, state: DatasetState, run_totals: dict[str, Any] | None = None) -> None:
         self._source = state.source
         self._shards = list(state.shards)

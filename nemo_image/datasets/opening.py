@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import posixpath
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,7 +54,7 @@ def open_webdataset(
     if isinstance(sidecars, str):
         raise ArgumentError(f"sidecars must be a list of folders, not a string: [{sidecars!r}]")
     options = dict(storage_options or {})
-    if isinstance(path, str | os.PathLike) and not discover_.is_pattern(os.fspath(path)):
+    if isinstance(path, str | os.PathLike) and discover_.is_literal(os.fspath(path), options):
         manifest = read_manifest(os.fspath(path), options)
         if "tar_root" in manifest:
             return _open_metadata_folder(os.fspath(path).rstrip("/"), manifest, id_col, sidecars, on_mismatch, options)
@@ -76,14 +76,19 @@ def open_webdataset(
     return _with_schema(source, found.shards, sidecars)
 
 
-def reopen(source: DatasetSource, shards: Sequence[str], target: str | None) -> Opened:
-    """Open a dataset again after it was saved in place, or to `target`."""
+def reopen(
+    source: DatasetSource, shards: Sequence[str], target: str | None, sidecars: Sequence[str] = ()
+) -> Opened:
+    """Open these shards of a dataset again, after it was saved in place, or to `target`.
+
+    `target` may hold shards of other runs, which are not opened. `sidecars` come to those that there are, in place.
+    """
     if target is None:
         fresh = replace(source, schema=pa.schema([]), sidecars={})
-        return _with_schema(fresh, list(shards), list(source.sidecars))
+        return _with_schema(fresh, list(shards), [*source.sidecars, *sidecars])
     manifest = read_manifest(target, source.storage_options)
     options = dict(source.storage_options)
-    opened = _open_metadata_folder(target, manifest, source.id_col, (), source.on_mismatch, options)
+    opened = _open_metadata_folder(target, manifest, source.id_col, sidecars, source.on_mismatch, options, set(shards))
     return opened.held_in(source.frames)
 
 
@@ -94,9 +99,11 @@ def _open_metadata_folder(
     sidecars: Sequence[str],
     on_mismatch: OnMismatch,
     options: dict[str, Any],
+    only: Collection[str] | None = None,
 ) -> Opened:
-    """Open a folder of saved metadata whose tars lie elsewhere."""
+    """Open a folder of saved metadata whose tars lie elsewhere; all of its shards, or those of `only`."""
     shards = _parquets_below(root, manifest.get("folders", [""]), options)
+    shards = [shard for shard in shards if only is None or shard in only]
     if not shards:
         raise DatasetError(f"{root} holds saved metadata of {manifest['tar_root']}, but no Parquet file: save it again")
     source = DatasetSource(

@@ -28,7 +28,7 @@ from nemo_image.engine import threads
 from nemo_image.engine.device import worker_device
 from nemo_image.engine.progress import Progress
 from nemo_image.engine.run import run_tasks
-from nemo_image.errors import ArgumentError, EmbeddingError, RunError, one_line
+from nemo_image.errors import ArgumentError, EmbeddingError, IdMismatchError, RunError, one_line
 from nemo_image.shards import parquet
 
 logger = logging.getLogger("nemo_image")
@@ -282,9 +282,16 @@ def _rows_of(frame: Any, best: Best, id_col: str, shown: Sequence[str]) -> pd.Da
     names = [schema.SHARD, id_col, *shown]
     there = backend.in_pandas(frame[names]).partitions[sorted({hit.partition for _, hit in hits})]
     rows = there.map_partitions(TakeRows(id_col, ids), meta=there._meta).compute()
-    rows = rows.drop_duplicates([schema.SHARD, id_col]).reset_index(drop=True)
+    rows = rows.reset_index(drop=True)
     keys = zip(rows[schema.SHARD].astype(object), rows[id_col].tolist(), strict=True)
     places = {(str(shard), one): place for place, (shard, one) in enumerate(keys)}
+    wanted = {(hit.shard, hit.id) for _, hit in hits}
+    for pair in rows.loc[rows[[schema.SHARD, id_col]].duplicated(), [schema.SHARD, id_col]].itertuples(index=False):
+        if (str(pair[0]), pair[1]) in wanted:
+            raise IdMismatchError(
+                f"{pair[0]}: its metadata has the id {pair[1]!r} more than once, so that the row that was found cannot "
+                "be told from the other: make the ids unique"
+            )
     taken = rows.iloc[[places[hit.shard, hit.id] for _, hit in hits]].reset_index(drop=True)
     return made.assign(**{name: taken[name] for name in shown})
 

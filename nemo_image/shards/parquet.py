@@ -314,12 +314,17 @@ def open_parquet(url: str, storage_options: StorageOptions = None, buffer_size: 
     Raises
     ------
     MetadataFileError
-        If the file is missing or is no Parquet.
+        If the file is missing, is no Parquet, or has two columns of one name.
     """
     with reading(url):
         raw = open_file(url, storage_options)
         try:
-            return pq.ParquetFile(raw, buffer_size=buffer_size, pre_buffer=False, page_checksum_verification=True)
+            file = pq.ParquetFile(raw, buffer_size=buffer_size, pre_buffer=False, page_checksum_verification=True)
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise MetadataFileError(f"{url} has more than one column {twice!r}: rename or remove one")
+            return file
         except BaseException:
             raw.close()
             raise

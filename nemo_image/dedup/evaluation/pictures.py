@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from nemo_image import schema
 from nemo_image.datasets import ImageTextPairDataset
-from nemo_image.datasets.discover import is_pattern
+from nemo_image.datasets.discover import is_literal
 from nemo_image.datasets.passes import run_all
 from nemo_image.errors import DatasetError
 from nemo_image.shards import files, parquet
@@ -42,7 +42,7 @@ def is_dataset(path: str | Sequence[str], storage_options: Any) -> bool:
     DatasetError
         If there is no such folder.
     """
-    if not isinstance(path, str) or is_pattern(path) or path.endswith(".tar"):
+    if not isinstance(path, str) or not is_literal(path, storage_options) or path.endswith(".tar"):
         return True
     if not files.is_folder(path, storage_options):
         raise DatasetError(f"against: {path}: no such folder: give a folder of pictures, or of tars, or a dataset")
