@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 import logging
 import os
 import sys
@@ -43,17 +44,22 @@ class Commands(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; exit with 1 and one line where it fails."""
+        """Run the command; exit with 1 and one line, or with ``--json`` also an object, where it fails."""
+        as_json = "--json" in [*getattr(ctx, "_protected_args", ()), *ctx.args]
         try:
             return super().invoke(ctx)
         except NemoImageError as error:
-            click.echo(f"Error: {error}", err=True)
-            sys.exit(1)
+            text, failures = str(error), getattr(error, "failures", {})
+            said = {"error": text, "type": type(error).__name__, **({"failures": failures} if failures else {})}
         except OSError as error:
             if error.filename is None:
                 raise  # not about a file: a defect
-            click.echo(f"Error: {os.fspath(error.filename)}: {error.strerror}", err=True)
-            sys.exit(1)
+            text = f"{os.fspath(error.filename)}: {error.strerror}"
+            said = {"error": text, "type": type(error).__name__}
+        click.echo(f"Error: {text}", err=True)
+        if as_json:
+            click.echo(json.dumps(said, ensure_ascii=False))
+        sys.exit(1)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

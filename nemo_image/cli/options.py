@@ -16,7 +16,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def json_option(command: F) -> F:
     """Add ``--json``."""
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")(command)
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON object instead of a table, also of an error."
+    )(command)
 
 
 def id_option(command: F) -> F:

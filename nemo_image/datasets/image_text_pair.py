@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -20,7 +21,7 @@ from nemo_image.datasets.show import Showing
 from nemo_image.datasets.source import DatasetSource, OnMismatch
 from nemo_image.datasets.state import DatasetState
 from nemo_image.engine.device import new_frames
-from nemo_image.errors import ArgumentError, MissingColumnError, ShardError
+from nemo_image.errors import ArgumentError, MissingColumnError, NemoImageError, ShardError
 from nemo_image.shards import files
 
 logger = logging.getLogger("nemo_image")
@@ -189,7 +190,10 @@ class ImageTextPairDataset(Showing):
 
     @property
     def metadata(self) -> Any:
-        """The lazy Dask frame: one row a pair, one partition a shard at load; of cuDF on GPUs, else of pandas."""
+        """The lazy Dask frame: one row a pair, one partition a shard at load; of cuDF on GPUs, else of pandas.
+
+        A frame may be assigned. Without the column ``shard``, it must have one partition a tar file, in their order.
+        """
         return self._metadata
 
     @metadata.setter
@@ -199,9 +203,14 @@ class ImageTextPairDataset(Showing):
                 f"metadata must be a Dask frame, not {type(frame).__name__}: see dask.dataframe.from_pandas"
             )
         missing = [name for name in (schema.SHARD, self.id_col) if name not in frame.columns]
-        if missing:
+        if missing == [schema.SHARD] and frame.npartitions == len(self._shards):
+            tars = [self._source.tar_url(shard) for shard in self._shards]
+            frame = opening.name_shards(frame, tars, self._source.tar_root)
+        elif missing:
             raise MissingColumnError(
-                f"the assigned metadata lacks {', '.join(map(repr, missing))}: each row must say its shard and its id"
+                f"the assigned metadata lacks {', '.join(map(repr, missing))}: each row must say its shard and its id "
+                f"(without 'shard', a frame of one partition a tar file is taken: of {len(self._shards)}, not "
+                f"{frame.npartitions})"
             )
         self._lineage = self._lineage.seen(frame)
         self._metadata = self._counting_frame = frame
@@ -333,9 +342,19 @@ class ImageTextPairDataset(Showing):
         Raises
         ------
         MissingColumnError
-            Naming it, and the columns that are there.
+            Naming it, and the columns that are there; or saying that it is in other shards than the first.
         """
-        self.state.require_columns(names)
+        try:
+            self.state.require_columns(names)
+        except MissingColumnError as error:
+            there: Collection[str] = ()
+            with contextlib.suppress(NemoImageError):
+                there = unify_schemas(self.state)[0].frame.columns  # of all shards; opening reads the first one's
+            if all(name in there for name in names):
+                raise MissingColumnError(
+                    f"{error}. Other shards have it: dataset.unify_schemas() adds it, null in those that lack it"
+                ) from None
+            raise
 
     def _copy(self) -> ImageTextPairDataset:
         copy = object.__new__(type(self))

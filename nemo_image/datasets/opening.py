@@ -76,9 +76,7 @@ def open_webdataset(
     return _with_schema(source, found.shards, sidecars)
 
 
-def reopen(
-    source: DatasetSource, shards: Sequence[str], target: str | None, sidecars: Sequence[str] = ()
-) -> Opened:
+def reopen(source: DatasetSource, shards: Sequence[str], target: str | None, sidecars: Sequence[str] = ()) -> Opened:
     """Open these shards of a dataset again, after it was saved in place, or to `target`.
 
     `target` may hold shards of other runs, which are not opened. `sidecars` come to those that there are, in place.

@@ -78,6 +78,7 @@ class Page:
         """Return the page."""
         found, source = self.found, self.dataset.source
         others = [name for name in self._numbers() if name not in self.selection.scores and name not in _BY_DEDUP]
+        lost = self.selection.unreadable
         now = datetime.datetime.now(datetime.UTC)
         page: str = (
             environment(_TEMPLATES)
@@ -102,6 +103,8 @@ class Page:
                 problems=[clean(one, 500) for one in (self.accounts or {}).get("problems", [])],
                 unreadable=[(clean(a, 100), clean(b, 300)) for a, b in list(found.failures.items())[:MOST_NAMED]],
                 unreadable_count=len(found.failures),
+                no_pictures=[(clean(a, 100), clean(b, 300)) for a, b in list(lost.items())[:MOST_NAMED]],
+                no_pictures_count=len(lost),
                 fingerprints=self._fingerprints(),
                 columns=self._columns_said(),
                 rows=found.rows,

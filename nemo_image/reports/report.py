@@ -31,6 +31,11 @@ THRESHOLDS: Mapping[str, tuple[float, ...]] = {schema.AESTHETIC_SCORE: (5.0,), s
 
 QUANTILES = (0.1, 0.5, 0.9)
 
+NOT_REPORTS = (".tar", ".parquet", ".idx", ".json", ".jsonl")
+"""Ends of names of a dataset's files: no report is written there."""
+
+_HEAD_BYTES, _MADE_BY = 2000, b'<meta name="generator" content="nemo_image'  # how a report begins
+
 MOST_BYTES = 16_000_000
 """No report is larger, in bytes."""
 
@@ -48,7 +53,8 @@ class Report:
     pictures : int
         Pictures in it.
     unreadable : dict of str to str
-        Shards that could not be read, with the cause; their rows are missing.
+        Shards that could not be read, with the cause: the metadata, so that their rows are missing, or the tar, so
+        that their pictures are. Of tars, only those of the pictures that were chosen are opened.
     problems : list of str
         What does not balance in the ledgers.
     """
@@ -82,13 +88,13 @@ def write_report(
     dataset : ImageTextPairDataset
         With whatever filters and columns the user gave its frame.
     path : str or path
-        The file, local or any fsspec URL. One that is there is replaced.
+        The file, local or any fsspec URL. An earlier report that is there is replaced, nothing else.
     title : str, optional
         The dataset's path by default.
     thresholds : dict of str to float or sequence of float
         Values of scores at which to look: pictures just below and above each, and how many rows pass. 5 for
-        ``aesthetic_score`` and 0.5 for ``nsfw_score`` by default; an empty sequence for none. Pictures at or above the
-        greatest threshold of ``nsfw_score`` are blurred until the reader asks for them.
+        ``aesthetic_score`` and 0.5 for ``nsfw_score`` by default, where these hold numbers; an empty sequence for none.
+        Pictures at or above the least threshold of ``nsfw_score`` are blurred until the reader asks for them.
     quantiles : sequence of float
         Shares in (0, 1) at which pictures of each score are shown.
     pictures : int, default 6
@@ -105,15 +111,17 @@ def write_report(
     Raises
     ------
     ArgumentError
-        If an argument is out of range, or a threshold's column holds no numbers.
+        If an argument is out of range, a given threshold's column holds no numbers, or `path` is a folder, has the name
+        of a dataset's file, or holds something other than an earlier report.
     MissingColumnError
         If there is no such column.
     """
     _check(pictures, groups, quantiles)
+    _check_output(path, storage_options)
     limits = _thresholds(dataset, thresholds)
     dataset = dataset.materialize()
     plan = plan_of(dataset.metadata, dataset.id_col, limits, pictures)
-    unfit = [name for name in limits if name not in plan.numbers]
+    unfit = [name for name in thresholds or {} if limits[name] and name not in plan.numbers]
     if unfit:
         raise ArgumentError(f"thresholds: column {unfit[0]!r} holds no numbers")
     if current_client() is None:
@@ -125,7 +133,8 @@ def write_report(
     with files.atomic_writer(path, storage_options) as out:
         out.write(text)
     problems = accounts["problems"] if accounts else []
-    return Report(os.fspath(path), len(text), found.rows, selection.pictures, found.failures, problems)
+    unreadable = {**selection.unreadable, **found.failures}
+    return Report(os.fspath(path), len(text), found.rows, selection.pictures, unreadable, problems)
 
 
 def _check(pictures: int, groups: int, quantiles: Sequence[float]) -> None:
@@ -135,6 +144,29 @@ def _check(pictures: int, groups: int, quantiles: Sequence[float]) -> None:
         raise ArgumentError(f"groups must lie in 0 to 40, not {groups}")
     if any(not 0 < one < 1 for one in quantiles) or len(quantiles) > 9:
         raise ArgumentError(f"quantiles must be at most 9 shares between 0 and 1, not {list(quantiles)}")
+
+
+def _check_output(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None) -> None:
+    """Raise if what is at `path` would be lost, or the report be taken for a dataset's file."""
+    url = os.fspath(path)
+    if url.endswith("/") or files.is_folder(url, storage_options):
+        raise ArgumentError(
+            f"{url} is a folder: name a file for the report, for example {files.join(url, 'report.html')}"
+        )
+    if url.lower().endswith(NOT_REPORTS):
+        raise ArgumentError(
+            f"{url} has the name of a dataset's file, not of a report: give another path, for example report.html"
+        )
+    fs, inside = files.open_fs(url, storage_options)
+    try:
+        with fs.open(inside, "rb") as file:
+            start = file.read(_HEAD_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        return  # the writer says why it cannot make one
+    except PermissionError as error:
+        raise ArgumentError(f"{url} cannot be read, so it may be no earlier report: give another path") from error
+    if start and not (start.lstrip().startswith(b"<!DOCTYPE html>") and _MADE_BY in start):
+        raise ArgumentError(f"{url} is there and is no report of nemo_image: give another path, or move that file away")
 
 
 def _thresholds(

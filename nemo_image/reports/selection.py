@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from nemo_image import schema
 from nemo_image.datasets import ImageTextPairDataset
-from nemo_image.datasets.show.cards import Card, RowName, card_columns, clean, fetch_cards, short
+from nemo_image.datasets.show.cards import Card, RowName, card_columns, clean, fetch_cards, number_of, short
 from nemo_image.datasets.show.charts import number
 from nemo_image.datasets.show.pieces import DuplicateGroups, duplicate_groups
 from nemo_image.datasets.show.plan import Plan
@@ -18,6 +18,9 @@ MOST_CARDS = 320
 
 MOST_SCORES = 8
 """Scores that get galleries."""
+
+MOST_VALUES = 24
+"""Values of a card at most."""
 
 RANDOM = 12
 
@@ -102,15 +105,24 @@ class Selection:
         names += [*self.some, *(name for some in self.reasons.values() for name in some)]
         cards = fetch_cards(names, self.dataset.source, safe_thumbnails, self._columns)
         for name, card in cards.items():
-            mine = {clean(key, 60): short(one) for key, one in self.found.values(name).items()}
-            card.values = dict(list({**mine, **card.values}.items())[:24])
+            numbers = self.found.values(name)
+            # The scores of the galleries first: the last values are left out where there are many.
+            mine = {clean(key, 60): short(numbers[key]) for key in (*self.scores, *numbers) if key in numbers}
+            card.values = dict(list({**mine, **card.values}.items())[:MOST_VALUES])
+            score = number_of(numbers.get(schema.NSFW_SCORE))
+            card.unsafe = card.unsafe if score is None else score  # the frame's, which may differ from the file's
         return cards
 
     def _veil(self) -> None:
         limits = self.plan.thresholds.get(schema.NSFW_SCORE)
-        for card in self.shown() if limits else ():
-            score = card.values.get(schema.NSFW_SCORE, "")
-            card.veiled = bool(score) and float(score.replace(",", "")) >= max(limits or ())
+        if not limits:
+            return
+        for card in self.shown():
+            card.veiled = card.unsafe is not None and card.unsafe >= min(limits)
+        for group in self.groups.groups:
+            # Of a kept row without a known score, its copies tell.
+            if group.kept is not None and group.kept.unsafe is None:
+                group.kept.veiled = any(card.veiled for card in group.copies)
 
     def shown(self) -> list[Card]:
         """Return the cards as they are shown: some more than once."""
@@ -118,6 +130,13 @@ class Selection:
         names = [*self.some, *chosen, *(name for some in self.reasons.values() for name in some)]
         of_groups = [card for one in self.groups.groups for card in (one.kept, *one.copies) if card is not None]
         return [*(self.cards[name] for name in names), *of_groups]
+
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """Shards of the dataset whose pictures could not be read, with the cause."""
+        shards = set(self.dataset.shards)  # copies may be of another dataset's rows
+        lost = {card.lost_shard: card.reason or "" for card in self.shown() if card.lost_shard in shards}
+        return {str(shard): cause for shard, cause in lost.items()}
 
     @property
     def pictures(self) -> int:

@@ -207,3 +207,15 @@ def test_curate_tries_again_what_failed(tmp_path: Path) -> None:
     (tmp_path / "in/b.tar").write_bytes(tar)
     found = result_of(curate(tmp_path / "in", tmp_path / "out", "--retry-failed"))
     assert (found["rows_in"], found["rows_out"]) == (5, 5)
+
+
+def test_json_of_what_fails(tmp_path: Path) -> None:
+    missing = run("inspect", tmp_path / "nothing", "--json")
+    assert (missing.exit_code, json.loads(missing.stdout)["type"]) == (1, "DatasetError")
+    assert "nothing: no such folder" in json.loads(missing.stdout)["error"]
+    assert "no such folder" in missing.stderr
+    data = make_dataset(tmp_path / "in", {"a": 3, "b": 2})
+    (Path(data) / "b.tar").write_bytes(b"no tar at all")
+    failed = run("embed", data, "--model", TINY_MODEL, "--no-autocast", "--json")
+    said = json.loads(failed.stdout)
+    assert (failed.exit_code, said["type"], list(said["failures"])) == (1, "RunError", ["b"])

@@ -211,13 +211,6 @@ def test_unusable_embedder_arguments(tmp_path: Path, options: dict[str, object],
         TimmImageEmbedder(TINY_MODEL, **options)(load(tmp_path))  # type: ignore[arg-type]
 
 
-def test_assigned_metadata_without_shard(tmp_path: Path) -> None:
-    make_dataset(tmp_path, {"a": 1})
-    dataset = load(tmp_path)
-    with pytest.raises(MissingColumnError, match="'shard'"):
-        dataset.metadata = dataset.metadata.drop(columns="shard")
-
-
 def test_constructor_frame_without_shard(tmp_path: Path) -> None:
     make_dataset(tmp_path, {"a": 2, "b": 2})
     tars = [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]

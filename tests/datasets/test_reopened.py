@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from nemo_image.cli import main
 from nemo_image.datasets import ImageTextPairDataset
-from nemo_image.errors import IdMismatchError, MetadataFileError, RunError
+from nemo_image.errors import IdMismatchError, MetadataFileError, MissingColumnError, RunError
 from nemo_image.filters import CaptionStats
 from tests.makers import make_dataset
 
@@ -78,3 +79,16 @@ def test_a_search_does_not_show_another_row(tmp_path: Path) -> None:
     assert dataset.search([-1.0, 0.0], k=1).frame["seed"].tolist() == [2]
     with pytest.raises(IdMismatchError, match="a: its metadata has the id '000000' more than once"):
         dataset.search([0.0, 1.0], k=1)
+
+
+def test_an_assigned_frame_of_one_partition_a_tar(tmp_path: Path) -> None:
+    dataset = ImageTextPairDataset.from_webdataset(make_dataset(tmp_path / "in", {"a": 3, "b": 2}))
+    before = dataset.metadata.compute()
+    dataset.metadata = dataset.metadata.drop(columns="shard")
+    pd.testing.assert_frame_equal(dataset.metadata.compute()[before.columns], before)
+    saved = CaptionStats()(dataset).save_metadata(tmp_path / "out")
+    assert saved.metadata.compute()["shard"].tolist() == ["a"] * 3 + ["b"] * 2
+    with pytest.raises(MissingColumnError, match=r"lacks 'shard'.*one partition a tar file is taken: of 2, not 1"):
+        dataset.metadata = dataset.metadata.drop(columns="shard").repartition(npartitions=1)
+    with pytest.raises(MissingColumnError, match="lacks 'key'"):
+        dataset.metadata = dataset.metadata.drop(columns="key")

@@ -20,9 +20,9 @@ from nemo_image.datasets.save import SaveOptions, save
 from nemo_image.datasets.schemas import unify_schemas, with_source
 from nemo_image.datasets.state import DatasetState
 from nemo_image.embedders import TimmImageEmbedder
-from nemo_image.errors import MetadataFileError, RunError
+from nemo_image.errors import MetadataFileError, MissingColumnError, RunError
 from nemo_image.shards import parquet
-from tests.makers import TINY_MODEL, sample, write_rows, write_tar
+from tests.makers import TINY_MODEL, make_dataset, sample, write_rows, write_tar
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is a random network.*")
 
@@ -619,3 +619,16 @@ def test_a_joined_decimal_holds_both(tmp_path: Path) -> None:
         for one in kinds:
             largest = Decimal("9" * (one.precision - one.scale) + "." + "9" * one.scale)
             assert pa.array([largest], one).cast(joined).to_pylist() == [largest]
+
+
+def test_a_column_of_other_shards_is_said(tmp_path: Path) -> None:
+    """A run that failed in the first shard leaves its columns in the others alone."""
+    data = Path(make_dataset(tmp_path / "in", {"a": 3, "b": 2}))
+    table = pq.read_table(data / "b.parquet")
+    pq.write_table(table.append_column("extra", pa.array([1.0, 2.0])), data / "b.parquet")
+    dataset = ImageTextPairDataset.from_webdataset(data)
+    with pytest.raises(MissingColumnError, match=r"no column 'extra'.*Other shards have it: dataset\.unify_"):
+        dataset.require_columns(["seed", "extra"])
+    with pytest.raises(MissingColumnError, match=r"no column 'nowhere'; it has [^.]*$"):
+        dataset.require_columns(["nowhere"])
+    dataset.unify_schemas().require_columns(["seed", "extra"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -36,7 +37,8 @@ class Page(HTMLParser):
         self.sections: dict[str, str] = {}
         self._section = ""
         self._hidden = False
-        self.feed(path.read_text())
+        self.source = path.read_text()
+        self.feed(self.source)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = dict(attrs)
@@ -215,8 +217,187 @@ def test_a_tar_that_is_gone_costs_its_pictures_only(tmp_path: Path) -> None:
     done = write_report(dataset, tmp_path / "r.html")
     page = Page(tmp_path / "r.html")
     assert done.rows == 10
-    assert "b.tar" in page.text("overview")
+    assert "Pictures of 1 shard could not be read" in page.text("overview")
+    assert "Their rows are missing" not in page.text("overview")
     assert len(page.pictures()) > 6
+    assert list(done.unreadable) == ["b"]
+    assert "b.tar" in done.unreadable["b"]
+    assert done.unreadable["b"] in page.text("overview")
+
+
+def test_a_copy_of_another_datasets_row_costs_nothing(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "data", {"a": 6})
+    rows = pd.read_parquet(tmp_path / "data" / "a.parquet")
+    rows = rows.assign(is_duplicate=rows.index == 2, duplicate_of=None, duplicate_of_shard=None).astype(
+        {"duplicate_of": object, "duplicate_of_shard": object}
+    )
+    rows.loc[2, ["duplicate_of", "duplicate_of_shard"]] = ["000007", "of another dataset"]
+    write_rows(tmp_path / "data" / "a.parquet", pa.Table.from_pandas(rows, preserve_index=False))
+    done, page = report(tmp_path / "data")
+    assert "of another dataset/000007" in page.text("duplicates")
+    assert done.unreadable == {}
+
+
+def test_a_report_of_shards_none_of_which_can_be_read(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "data", {"a": 3, "b": 4})
+    dataset = ImageTextPairDataset.from_webdataset(tmp_path / "data")
+    for name in ("a", "b"):
+        path = tmp_path / "data" / f"{name}.parquet"
+        data = path.read_bytes()
+        path.write_bytes(data[:4] + bytes(len(data) - 4))
+    done = write_report(dataset, tmp_path / "r.html", thresholds={"score": 0.5, "seed": 3})
+    page = Page(tmp_path / "r.html")
+    assert (done.rows, done.pictures, sorted(done.unreadable)) == (0, 0, ["a", "b"])
+    assert "2 shards could not be read" in page.text("overview")
+    assert "0 of 0 scored rows" in page.text("score-1")
+
+
+def test_a_report_of_no_rows(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "data", {"a": 3})
+    dataset = ImageTextPairDataset.from_webdataset(tmp_path / "data")
+    dataset.metadata = dataset.metadata[dataset.metadata["score"] > 99]
+    done = write_report(dataset, tmp_path / "r.html")
+    assert (done.rows, done.pictures, done.unreadable) == (0, 0, {})
+
+
+def test_integers_that_no_float_holds_are_counted(tmp_path: Path) -> None:
+    """A float64 holds all integers up to 2**53; the counts are by the rounded ones."""
+    big = [2**53 + 1, 2**53 + 3, 2**63 - 1, 5]
+    make_dataset(tmp_path / "data", {"a": 4})
+    path = tmp_path / "data" / "a.parquet"
+    write_rows(path, pq.read_table(path).append_column("big", pa.array(big)))
+    done, page = report(tmp_path / "data", thresholds={"big": [10, 2.0**53 + 4, 2.0**63]})
+    assert done.unreadable == {}
+    text = page.text("score-1")
+    said = re.findall(r"(\d) of 4 scored rows \([\d.]+%\) are at or above", text)
+    assert said == ["3", "2", "1"]
+    order = ["000002", "000001", "000000", "000003"]
+    highest = text.partition("Highest")[2].partition("Around")[0]
+    assert re.findall(r"a/(\d{6})", highest) == order
+    lowest = text.partition("Lowest")[2]
+    assert re.findall(r"a/(\d{6})", lowest) == order[::-1]
+
+
+@pytest.mark.parametrize("name", ["aesthetic_score", "nsfw_score"])
+def test_a_text_that_is_named_as_a_score_has_no_threshold(tmp_path: Path, name: str) -> None:
+    make_dataset(tmp_path / "data", {"a": 3})
+    path = tmp_path / "data" / "a.parquet"
+    write_rows(path, pq.read_table(path).append_column(name, pa.array(["high", "low", None])))
+    done, page = report(tmp_path / "data", thresholds={"score": 0.1})
+    assert done.rows == 3
+    assert "2 of 3 scored rows" in page.text("score-1")
+    assert "ni-card ni-veiled" not in {found.get("class") for _, found in page.tags}
+    report(tmp_path / "data", thresholds={name: []})
+    with pytest.raises(ArgumentError, match=name):
+        report(tmp_path / "data", thresholds={name: 5})
+
+
+@pytest.mark.parametrize(
+    "name", ["a.parquet", "a.tar", "a.idx", "new.tar", "NEW.PARQUET", "x.json", "x.jsonl", "notes"]
+)
+def test_a_datasets_files_are_not_replaced(tmp_path: Path, name: str) -> None:
+    make_dataset(tmp_path / "data", {"a": 2})
+    (tmp_path / "data" / "notes").write_text("<!DOCTYPE html>\n<title>of somebody else</title>")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    dataset = ImageTextPairDataset.from_webdataset(tmp_path / "data")
+    with pytest.raises(ArgumentError, match=f"{name} .*give another path"):
+        write_report(dataset, tmp_path / "data" / name)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
+
+
+def test_a_report_replaces_a_report_and_an_empty_file_only(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "data", {"a": 2})
+    dataset = ImageTextPairDataset.from_webdataset(tmp_path / "data")
+    out = tmp_path / "report"
+    out.touch()
+    write_report(dataset, out, title="first")
+    write_report(dataset, out, title="second")
+    assert "second" in out.read_text()
+    for folder in (tmp_path / "data", f"{tmp_path}/new/"):
+        with pytest.raises(ArgumentError, match="is a folder: name a file"):
+            write_report(dataset, folder)
+    assert not (tmp_path / "new").exists()
+
+
+# Unsafe pictures ----------------------------------------------------------------------------------------------------
+
+UNSAFE = [0.1, 0.2, 0.49999, 0.6, 0.7, 0.8, None, 0.99]
+
+
+def veils(page: Page, section: str) -> dict[str, bool]:
+    """Return which rows are veiled of those that a section shows; all its cards of a row agree."""
+    html = page.source.partition(f'<section id="{section}">')[2]
+    html = html.partition("<section id=")[0]
+    figures = re.findall(r'<figure class="(ni-card[^"]*)">.*?<summary>[^<]*/(\d{6})</summary>', html, re.DOTALL)
+    assert html.count("<figure") == len(figures)
+    found = {(row, "ni-veiled" in kind) for kind, row in figures}
+    assert len(found) == len({row for row, _ in found})
+    return dict(found)
+
+
+def unsafe_dataset(folder: Path, others: int = 0) -> Path:
+    make_dataset(folder, {"a": len(UNSAFE)})
+    table = pq.read_table(folder / "a.parquet")
+    for number in range(others):
+        table = table.append_column(f"a{number:02d}", pa.array([float(number)] * len(table)))
+    write_rows(folder / "a.parquet", table.append_column("nsfw_score", pa.array(UNSAFE)))
+    return folder
+
+
+@pytest.mark.parametrize("others", [0, 30])
+@pytest.mark.parametrize("limits", [None, [0.98, 0.5]])
+def test_unsafe_pictures_are_veiled_whatever_else_a_card_says(
+    tmp_path: Path, others: int, limits: list[float] | None
+) -> None:
+    """From the lowest threshold on, by the score itself: 0.49999 is shown as 0.5."""
+    folder = unsafe_dataset(tmp_path / "data", others)
+    _, page = report(folder, thresholds=None if limits is None else {"nsfw_score": limits})
+    true = {f"{row:06d}": score is not None and score >= 0.5 for row, score in enumerate(UNSAFE)}
+    assert veils(page, "overview") == true
+    seen = veils(page, "score-1")
+    assert seen == {row: veiled for row, veiled in true.items() if row in seen}
+    assert len(seen) >= 7
+    assert "0.5</span>" in page.source  # the score stands on the cards of its galleries
+
+
+def test_the_frames_score_veils(tmp_path: Path) -> None:
+    folder = unsafe_dataset(tmp_path / "data")
+    dataset = ImageTextPairDataset.from_webdataset(folder)
+    dataset.metadata["nsfw_score"] = 1 - dataset.metadata["nsfw_score"]
+    write_report(dataset, tmp_path / "r.html")
+    true = {f"{row:06d}": score is not None and 1 - score >= 0.5 for row, score in enumerate(UNSAFE)}
+    del true["000006"]  # the frame has no score, the file neither
+    seen = veils(Page(tmp_path / "r.html"), "overview")
+    assert seen.pop("000006") is False
+    assert seen == true
+
+
+@pytest.mark.parametrize("place", ["file", "sidecar", "frame"])
+def test_unsafe_copies_are_veiled_wherever_their_score_is(tmp_path: Path, place: str) -> None:
+    rows = 4
+    scores = pa.array([0.9, 0.8, 0.1, 0.2])  # 1 is a copy of 0, 3 of 2
+    make_dataset(tmp_path / "data", {"a": rows})
+    path = tmp_path / "data" / "a.parquet"
+    table = pq.read_table(path)
+    for name, values in {
+        "is_duplicate": [False, True, False, True],
+        "duplicate_of": [None, "000000", None, "000002"],
+        "duplicate_of_shard": [None, "a", None, "a"],
+        "hidden": scores.to_pylist(),
+    }.items():
+        table = table.append_column(name, pa.array(values))
+    write_rows(path, table.append_column("nsfw_score", scores) if place == "file" else table)
+    sidecars = []
+    if place == "sidecar":
+        (tmp_path / "side").mkdir()
+        write_rows(tmp_path / "side" / "a.parquet", pa.table({"key": table["key"], "nsfw_score": scores}))
+        sidecars = [tmp_path / "side"]
+    dataset = ImageTextPairDataset.from_webdataset(tmp_path / "data", sidecars=sidecars)
+    if place == "frame":
+        dataset.metadata["nsfw_score"] = dataset.metadata["hidden"] * 1.0
+    write_report(dataset, tmp_path / "r.html")
+    seen = veils(Page(tmp_path / "r.html"), "duplicates")
+    assert seen == {"000000": True, "000001": True, "000002": False, "000003": False}
 
 
 def test_more_rows_than_are_drawn_are_said_to_be_sampled(tmp_path: Path) -> None:

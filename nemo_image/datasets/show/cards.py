@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,9 +12,9 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from nemo_image import schema
+from nemo_image import backend, schema
 from nemo_image.datasets.columns import rows_by_shard
-from nemo_image.datasets.load import read_rows
+from nemo_image.datasets.load import ShardLoader, read_rows
 from nemo_image.datasets.samples import samples_of_rows
 from nemo_image.datasets.show.thumbnails import Thumbnails
 from nemo_image.datasets.source import DatasetSource
@@ -44,7 +45,8 @@ class RowName:
 class Card:
     """One row as it is shown: a JPEG thumbnail or the reason why there is none, the caption, and short values.
 
-    A veiled one is blurred until the reader asks to see it.
+    A veiled one is blurred until the reader asks to see it. `unsafe` is the row's ``nsfw_score`` as it is stored, where
+    that is known. `lost_shard` names the shard where that could not be read; `reason` is then the cause.
     """
 
     title: str
@@ -53,6 +55,8 @@ class Card:
     caption: str | None = None
     values: dict[str, str] = field(default_factory=dict)
     veiled: bool = False
+    unsafe: float | None = None
+    lost_shard: str | None = None
 
     @property
     def alt(self) -> str:
@@ -113,7 +117,7 @@ class _Named:
 
 def _lost(names: Sequence[RowName], error: BaseException) -> dict[RowName, Card]:
     reason = clean(one_line(error), CAPTION_CHARACTERS)
-    return {name: Card(_title(name), reason=reason) for name in names}
+    return {name: Card(_title(name), reason=reason, lost_shard=name.shard) for name in names}
 
 
 class FetchCards:
@@ -175,13 +179,24 @@ class FetchCards:
         places = {str(value): place for place, value in enumerate(table[self.source.id_col].to_pylist())}
         taken = [places.get(str(name.id)) for name in names]
         rows = table.take(pa.array(taken, pa.int64())).to_pylist()
-        for card, row in zip(cards, rows, strict=True):
+        beside = self._unsafe_beside(shard)
+        for name, card, row in zip(names, cards, rows, strict=True):
             caption = row.get(schema.CAPTION)
             if card.caption is None and is_text(caption):
                 card.caption = clean(caption, CAPTION_CHARACTERS)
             if is_text(row.get(schema.IMAGE_ERROR)):
                 card.reason = clean(row[schema.IMAGE_ERROR], CAPTION_CHARACTERS)
             card.values = values_of(row, self.source.id_col)
+            card.unsafe = number_of(beside.get(str(name.id), row.get(schema.NSFW_SCORE)))
+
+    def _unsafe_beside(self, shard: str) -> dict[str, Any]:
+        """Return the ``nsfw_score`` of a shard's rows by their ids, if a sidecar has it."""
+        source = self.source
+        if not any(schema.NSFW_SCORE in names for names in source.sidecars.values()):
+            return {}
+        frame = backend.to_pandas(ShardLoader(source)(shard, [source.id_col, schema.NSFW_SCORE]))
+        ids, scores = (backend.arrow_values(frame[name]).to_pylist() for name in (source.id_col, schema.NSFW_SCORE))
+        return {str(one): score for one, score in zip(ids, scores, strict=True)}
 
 
 def values_of(row: Mapping[str, Any] | pd.Series, id_col: str) -> dict[str, str]:
@@ -216,6 +231,11 @@ def short(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return clean(f"{value:.4g}" if isinstance(value, float) else str(value), VALUE_CHARACTERS)
+
+
+def number_of(value: Any) -> float | None:
+    """Return a cell's number; None if it holds something else."""
+    return None if isinstance(value, bool) or not isinstance(value, numbers.Real) else float(value)
 
 
 def clean(text: Any, characters: int) -> str:

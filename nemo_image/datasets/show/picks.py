@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import pyarrow as pa
 
-from nemo_image import schema
+from nemo_image import backend, schema
 from nemo_image.datasets.show.plan import Plan
 
 Mask = npt.NDArray[np.bool_]
@@ -68,7 +69,9 @@ def first(rows: pd.DataFrame, among: Mask, key: Any, n: int) -> npt.NDArray[np.i
 
 def numbers_of(rows: pd.DataFrame, column: str) -> npt.NDArray[np.float64]:
     """Return a column's numbers; NaN where there is none."""
-    return np.asarray(rows[column].astype("float64[pyarrow]").to_numpy(dtype=np.float64, na_value=np.nan))
+    # Rounds integers that a float64 does not hold.
+    values = backend.arrow_values(rows[column]).cast(pa.float64(), safe=False)
+    return np.asarray(values.to_numpy(zero_copy_only=False), np.float64)
 
 
 def has_number(rows: pd.DataFrame, column: str) -> Mask:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from nemo_image import schema
-from nemo_image.datasets.show.cards import Card, Decode, RowName, cards_of_frame, clean, fetch_cards
+from nemo_image.datasets.show.cards import Card, Decode, RowName, cards_of_frame, clean, fetch_cards, number_of
 from nemo_image.datasets.show.charts import Chart, chart_of
 from nemo_image.datasets.show.groups import Members
 from nemo_image.datasets.show.render import render_piece
@@ -167,7 +167,8 @@ def duplicate_groups(
         return DuplicateGroups([])
     source = state.source
     beside = [one for one in (schema.DUPLICATE_TIER, schema.MAX_SIMILARITY) if one in state.frame.columns]
-    wanted = [schema.SHARD, source.id_col, schema.DUPLICATE_OF, schema.DUPLICATE_OF_SHARD, *beside]
+    unsafe = [schema.NSFW_SCORE] if schema.NSFW_SCORE in state.frame.columns else []
+    wanted = [schema.SHARD, source.id_col, schema.DUPLICATE_OF, schema.DUPLICATE_OF_SHARD, *beside, *unsafe]
     members = Members(source.id_col, list(chosen), copies)
     rows = members.merged(list(each_partition(state, members, list(dict.fromkeys(wanted)), "duplicates")))
     made = state.lineage.provenance.get(schema.DUPLICATE_OF, {})
@@ -184,6 +185,8 @@ def duplicate_groups(
         card, row = cards[name], rows.iloc[place]
         values = {one: row[one] for one in beside if row[one] is not pd.NA and row[one] is not None}
         card.values = {**_short(values), **card.values}
+        score = number_of(row[schema.NSFW_SCORE]) if unsafe else None
+        card.unsafe = card.unsafe if score is None else score
         shown[int(row["group"])].append(card)
     return DuplicateGroups(
         [

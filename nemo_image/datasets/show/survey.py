@@ -58,7 +58,7 @@ class Survey:
     rows, duplicates, kept : int
         All; those with ``is_duplicate`` true; and false.
     distributions : dict of str to Distribution
-        By column; the length of captions among them.
+        By column; the length of captions among them. Each of the plan's has one, be it empty.
     not_below : dict of (str, float) to int
         Rows at or above each threshold.
     reasons : Counter of str
@@ -172,7 +172,10 @@ def survey(state: DatasetState, plan: Plan, label: str = "survey") -> Survey:
         if len(waiting) == _MERGED_AT_ONCE:
             whole = Survey.merged([whole, *waiting], plan)
             waiting = []
-    return Survey.merged([whole, *waiting], plan)
+    whole = Survey.merged([whole, *waiting], plan)
+    for name in plan.numbers:  # also where no row could be read
+        whole.distributions.setdefault(name, Distribution.of(pa.array([], pa.float64())))
+    return whole
 
 
 def each_partition(
@@ -232,8 +235,11 @@ class LookAt:
         for name in plan.numbers:
             values = backend.arrow_values(frame[name])
             found.distributions[name] = Distribution.of(values)
-            for threshold in plan.thresholds.get(name, ()):
-                passed = pc.and_(pc.greater_equal(values, threshold), pc.is_finite(values))
+            limits = plan.thresholds.get(name, ())
+            # Comparing would cast too, but refuses integers that a float64 does not hold.
+            numbers = values.cast(pa.float64(), safe=False) if limits else values
+            for threshold in limits:
+                passed = pc.and_(pc.greater_equal(numbers, threshold), pc.is_finite(numbers))
                 found.not_below[name, threshold] = pc.sum(passed).as_py() or 0
         if schema.CAPTION in frame:
             captions = backend.arrow_values(frame[schema.CAPTION])
