@@ -186,6 +186,7 @@ def test_classifiers_are_the_networks_own_last_layer(weights_file: Path) -> None
 # The run --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.in_process("its modules are on the path of this process alone")
 def test_run_curates_and_a_second_run_takes_over(
     tmp_path: Path, weights_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
