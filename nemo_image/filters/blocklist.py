@@ -20,7 +20,16 @@ from nemo_image.datasets.source import DatasetSource
 from nemo_image.engine.ledger import FOLDER
 from nemo_image.engine.run_lock import run_lock
 from nemo_image.errors import ArgumentError
-from nemo_image.filters.entries import HashFile, as_texts, hash_texts, read_digest, read_entries, write_hashes
+from nemo_image.filters.entries import (
+    HashFile,
+    as_texts,
+    hash_texts,
+    identity,
+    path_or_texts,
+    read_digest,
+    read_entries,
+    write_hashes,
+)
 from nemo_image.filters.image_columns import ImageColumns, Measured, map_with_errors
 from nemo_image.shards import files
 from nemo_image.shards.index import Member
@@ -37,6 +46,7 @@ HASHES: dict[str, tuple[Callable[[bytes], str], int]] = {
 """What makes each hash, and how many digits it has."""
 
 _SHOWN = 80
+_READING = 2  # counts changes to how files are read: hashes of an earlier reading are not used again
 
 
 class Blocklist:
@@ -48,8 +58,9 @@ class Blocklist:
     Parameters
     ----------
     entries : str, path or iterable of (str or int)
-        A file (any fsspec URL): ``.parquet``, ``.csv`` or ``.tsv`` with a header, of which the column called as the one
-        compared is read (or the only one); any other name is text with one entry a line. Or the entries themselves.
+        A file (any fsspec URL): ``.parquet``, ``.csv`` or ``.tsv``, of which the column called as the one compared (or
+        as `content_hash`) is read, in Parquet also the only one; the header of CSV and TSV must have it. Any other name
+        is text with one entry a line. Or the entries themselves.
     column : str, optional
         The column of the metadata to look up; the dataset's ``id_col`` by default. An id that stands in several
         shards is blocked in all of them.
@@ -67,7 +78,7 @@ class Blocklist:
     Raises
     ------
     ArgumentError
-        If the arguments contradict each other.
+        If the arguments contradict each other, or `entries` is no path and no list of texts or whole numbers.
     """
 
     def __init__(
@@ -83,7 +94,7 @@ class Blocklist:
             raise ArgumentError(f"content_hash must be 'sha256' or 'xxh3_128', not {content_hash!r}")
         if content_hash is not None and column is not None:
             raise ArgumentError("column and content_hash contradict each other: a list is of one or the other")
-        self.entries = os.fspath(entries) if isinstance(entries, str | os.PathLike) else list(entries)
+        self.entries = path_or_texts(entries)
         self.column = column
         self.content_hash = content_hash
         self.blocked_column = blocked_column
@@ -142,8 +153,8 @@ class Blocklist:
         ArgumentError
             If the file is missing or unreadable, or an entry is no such hash.
         """
-        listed = self.entries if isinstance(self.entries, list) else [self.entries, _identity(self.entries)]
-        url = files.absolute(files.join(folder, f"{tokenize(listed, name, self.content_hash)[:16]}.hashes"))
+        listed = self.entries if isinstance(self.entries, list) else [self.entries, identity(self.entries)]
+        url = files.absolute(files.join(folder, f"{tokenize(_READING, listed, name, self.content_hash)[:16]}.hashes"))
         with run_lock(folder, "blocklist", dict(storage_options)):
             there = read_digest(url, storage_options)
             return there or write_hashes(url, self._texts(name), storage_options)
@@ -153,16 +164,9 @@ class Blocklist:
         if isinstance(self.entries, str):
             batches = read_entries(self.entries, name, None)
         else:
-            batches = [[str(one) for one in self.entries]]
+            batches = [self.entries]
         for batch in batches:
             yield batch if self.content_hash is None else _hex(batch, self.content_hash)
-
-
-def _identity(url: str) -> Any:
-    try:
-        return files.identify(url).to_dict()
-    except FileNotFoundError as error:
-        raise ArgumentError(f"there is no blocklist {url}") from error
 
 
 def _hex(texts: Sequence[str], name: ContentHashName) -> list[str]:

@@ -15,12 +15,13 @@ from typing import Any
 import fsspec
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
 from nemo_image import schema
-from nemo_image.errors import ArgumentError, MissingColumnError
+from nemo_image.errors import ArgumentError, MissingColumnError, NemoImageError, one_line
 from nemo_image.shards import files
 
 Hashes = npt.NDArray[np.uint64]
@@ -30,6 +31,8 @@ BATCH = 2**18
 """Entries that are read at once."""
 
 _BUCKET_BITS = 8
+_SHOWN = 80
+_MESSAGE = 200  # characters of another library's message
 _DIGEST = 16  # bytes at the end of a file of hashes
 
 
@@ -127,6 +130,37 @@ def read_digest(url: str, storage_options: Any) -> HashFile | None:
 # --------------------------------------------------------------------------------------------------- files of entries
 
 
+def path_or_texts(entries: str | os.PathLike[str] | Iterable[str | int]) -> str | list[str]:
+    """Return the path of a blocklist's file, or the entries themselves as text.
+
+    Raises
+    ------
+    ArgumentError
+        If it is an empty path, no list, or an entry is neither text nor a whole number.
+    """
+    if isinstance(entries, str | os.PathLike):
+        path = os.fspath(entries)
+        if not isinstance(path, str) or not path.strip():
+            raise ArgumentError(f"the blocklist's path is {path!r}: give a file, or a list of texts or whole numbers")
+        return path
+    if isinstance(entries, bytes | bytearray | memoryview | pd.DataFrame) or not isinstance(entries, Iterable):
+        raise ArgumentError(
+            f"a blocklist is a file's path, or a list of texts or whole numbers, not {type(entries).__name__}"
+        )
+    return [_entry(one, place) for place, one in enumerate(entries)]
+
+
+def _entry(one: object, place: int) -> str:
+    if isinstance(one, str):
+        return str(one)
+    if not isinstance(one, bool) and isinstance(one, int | np.integer):
+        return str(int(one))
+    raise ArgumentError(
+        f"the blocklist's entry {place} (counted from 0) is {type(one).__name__} {repr(one)[:_SHOWN]}: entries are "
+        "texts or whole numbers; convert it or leave it out"
+    )
+
+
 def read_entries(url: str, column: str, storage_options: Any) -> Iterator[list[str]]:
     """Yield a file's entries as text, some at once: of Parquet, of CSV (or TSV) with a header, or one a line.
 
@@ -135,12 +169,13 @@ def read_entries(url: str, column: str, storage_options: Any) -> Iterator[list[s
     url : str
         A name that ends in ``.parquet``, ``.csv`` or ``.tsv`` says so; text may be compressed (``.gz``, ``.xz`` …).
     column : str
-        The column to read; where there is only one, its name does not matter.
+        The column to read. In Parquet its name does not matter where there is only one; the header of CSV must have it,
+        as a list without a header would lose its first entry.
 
     Raises
     ------
     ArgumentError
-        If there is no such file, or it is not what its name says.
+        If there is no such file, it cannot be read, or it is not what its name says.
     MissingColumnError
         If it has no such column.
     """
@@ -149,15 +184,47 @@ def read_entries(url: str, column: str, storage_options: Any) -> Iterator[list[s
         if "parquet" in kind[1:]:
             yield from _of_parquet(url, column, storage_options)
             return
-        with fsspec.open(url, "rt", encoding="utf-8-sig", compression="infer", **dict(storage_options or {})) as file:
-            if "csv" in kind[1:] or "tsv" in kind[1:]:
+        is_table = "csv" in kind[1:] or "tsv" in kind[1:]
+        settings = {"compression": "infer", "newline": "" if is_table else None, **dict(storage_options or {})}
+        with fsspec.open(url, "rt", encoding="utf-8-sig", **settings) as file:
+            if is_table:
                 yield from _of_csv(file, url, column, "\t" if "tsv" in kind[1:] else ",")
             else:
                 yield from _in_batches(line.strip() for line in file)
-    except FileNotFoundError as error:
-        raise ArgumentError(f"there is no blocklist {url}") from error
-    except (UnicodeDecodeError, csv.Error, pa.ArrowInvalid, EOFError) as error:
-        raise ArgumentError(f"the blocklist {url} is not what its name says: {str(error).splitlines()[0]}") from error
+    except (NemoImageError, MemoryError):
+        raise
+    except Exception as error:  # each way to compress has errors of its own
+        raise _unreadable(url, error) from error
+
+
+def identity(url: str) -> dict[str, Any]:
+    """Return what tells a blocklist's file from others, and from itself after a change.
+
+    Raises
+    ------
+    ArgumentError
+        If there is no such file.
+    """
+    try:
+        fs, path = files.open_fs(url)
+        if fs.isdir(path):
+            raise ArgumentError(f"the blocklist {url} is a folder: name the file in it")
+        return dict(files.identify(url).to_dict())
+    except (OSError, ValueError, ImportError) as error:
+        raise _unreadable(url, error) from error
+
+
+def _unreadable(url: str, error: Exception) -> ArgumentError:
+    if isinstance(error, ArgumentError):
+        return error
+    if isinstance(error, FileNotFoundError):
+        return ArgumentError(f"there is no blocklist {url}")
+    if isinstance(error, OSError) and error.errno is not None:
+        return ArgumentError(f"cannot read the blocklist {url}: {error.strerror or one_line(error)}")
+    return ArgumentError(
+        f"the blocklist {url} is not what its name says ({one_line(error)[:_MESSAGE]}): the ending must tell the kind "
+        "(.parquet, .csv, .tsv, else one entry a line) and how it is compressed (.gz, .bz2, .xz, .zip)"
+    )
 
 
 def _of_parquet(url: str, column: str, storage_options: Any) -> Iterator[list[str]]:
@@ -165,13 +232,52 @@ def _of_parquet(url: str, column: str, storage_options: Any) -> Iterator[list[st
     with fs.open(path, "rb") as raw, pq.ParquetFile(raw) as file:
         name = _chosen(file.schema_arrow.names, column, url)
         for batch in file.iter_batches(BATCH, columns=[name]):
-            yield from _in_batches(as_texts(batch.column(0)))
+            try:
+                texts = as_texts(batch.column(0))
+            except ArgumentError as error:
+                raise ArgumentError(f"the blocklist {url}, column {name!r}: {error}") from error
+            yield from _in_batches(texts)
 
 
 def _of_csv(file: io.TextIOBase, url: str, column: str, separator: str) -> Iterator[list[str]]:
-    rows = csv.DictReader(file, delimiter=separator)
-    name = _chosen(list(rows.fieldnames or []), column, url)
-    yield from _in_batches(row[name] or "" for row in rows)
+    rows = _rows(csv.reader(file, delimiter=separator, skipinitialspace=True, strict=True), url)
+    names = next(rows, (1, []))[1]
+    times = names.count(column)
+    if times != 1:
+        has = f"the column {column!r} {times} times" if times else f"no column {column!r}"
+        first = separator.join(names)[:_SHOWN]
+        raise MissingColumnError(
+            f"the header of the blocklist {url} has {has}; its first line is {first!r}. Give it a header line with "
+            f"{column!r} and {separator!r} between columns; a list without a header is a .txt with one entry a line"
+        )
+    yield from _in_batches(_cells(rows, names.index(column), len(names), url))
+
+
+def _rows(reader: Any, url: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number of each row's first line and its cells, without white space around them; no empty rows."""
+    while True:
+        line = reader.line_num + 1
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise ArgumentError(
+                f"the blocklist {url}, line {line}: {error}; look for a quote that is not closed"
+            ) from error
+        if row is None:
+            return
+        cells = [cell.strip() for cell in row]
+        if any(cells):
+            yield line, cells
+
+
+def _cells(rows: Iterable[tuple[int, list[str]]], place: int, count: int, url: str) -> Iterator[str]:
+    for line, cells in rows:
+        if len(cells) != count:
+            raise ArgumentError(
+                f"the blocklist {url}, line {line}: {len(cells)} cells under a header of {count}; put cells that hold "
+                "the separator in quotes"
+            )
+        yield cells[place]
 
 
 def _chosen(names: list[str], column: str, url: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import copy
 import math
-import operator
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,32 +17,23 @@ import pandas as pd
 
 from nemo_image import schema
 from nemo_image.errors import ArgumentError, MissingColumnError
+from nemo_image.filters.operations import (
+    ARITHMETIC,
+    ERRORS,
+    FUNCTIONS,
+    arithmetic,
+    as_operand,
+    compare,
+    type_name,
+    widened,
+)
 from nemo_image.filters.quantiles import CALLS, Quantile, as_calls
 
-_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-}
-_ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-}
-_FUNCTIONS: dict[str, tuple[int, Callable[..., Any]]] = {
-    "abs": (1, abs),
-    "len": (1, lambda column: column.str.len()),
-    "lower": (1, lambda column: column.str.lower()),
-    "contains": (2, lambda column, text: column.str.contains(text, regex=False)),
-    "startswith": (2, lambda column, text: column.str.startswith(text)),
-}
+_CALLED = re.compile(r"__(top|bottom)__\('([^']*)', '([^']*)'\)")
+_SEPARATED = re.compile(r"__(?:top|bottom)__\('\d+', ''\)[,_' ]\s*\d")
 
 ALLOWED = "columns, numbers, 'text', comparisons, in [..], in top 30%, is None, and, or, not, + - * /, " + ", ".join(
-    sorted(_FUNCTIONS)
+    sorted(FUNCTIONS)
 )
 
 
@@ -74,8 +65,11 @@ class KeepExpression:
 
     def __init__(self, text: str) -> None:
         self.text = text.strip()
+        called = as_calls(self.text)
+        if _SEPARATED.search(called):
+            raise ArgumentError(f"{text!r}: a number of rows is written without separators, as in top 1000")
         try:
-            self._body = ast.parse(as_calls(self.text), mode="eval").body
+            self._body = ast.parse(called, mode="eval").body
         except (SyntaxError, ValueError, RecursionError) as error:
             raise ArgumentError(
                 f"{text!r} is not an expression ({error}); write for example 'aesthetic_score > 5'"
@@ -95,7 +89,8 @@ class KeepExpression:
         Raises
         ------
         ArgumentError
-            If it asks for a quantile whose threshold is not known yet, or compares what cannot be compared.
+            If it asks for a quantile whose threshold is not known yet, or something cannot be computed: the message
+            names the part of the expression and the types.
         """
         result = self._value(self._body, frame)
         if not isinstance(result, pd.Series) or not pd.api.types.is_bool_dtype(result.dtype):
@@ -113,7 +108,7 @@ class KeepExpression:
         body = self._body
         if not (isinstance(body, ast.BoolOp) and isinstance(body.op, ast.And)):
             return [self]
-        return [term for value in body.values for term in KeepExpression(ast.unparse(value)).terms()]
+        return [term for value in body.values for term in KeepExpression(_written(value)).terms()]
 
     def require_columns(self, present: list[str]) -> None:
         """Raise if the expression names a column that is not there.
@@ -139,23 +134,23 @@ class KeepExpression:
                 names[name] = None
             case ast.Constant(value=str() | int() | float() | bool() | None):
                 pass
-            case ast.BoolOp(values=values) | ast.List(elts=values) | ast.Tuple(elts=values):
+            case ast.BoolOp(values=values):
                 for value in values:
                     self._check(value, names)
             case ast.UnaryOp(op=ast.Not() | ast.USub(), operand=operand):
                 self._check(operand, names)
-            case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in ARITHMETIC:
                 self._check(left, names)
                 self._check(right, names)
             case ast.Compare(left=left, ops=ops, comparators=comparators):
                 self._check_comparison(left, ops, comparators, names)
-            case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
-                if len(args) != _FUNCTIONS[name][0]:
-                    raise ArgumentError(f"{self.text!r}: {name}() takes {_FUNCTIONS[name][0]} arguments")
+            case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in FUNCTIONS:
+                if len(args) != FUNCTIONS[name][0]:
+                    raise ArgumentError(f"{self.text!r}: {name}() takes {FUNCTIONS[name][0]} arguments")
                 for value in args:
                     self._check(value, names)
             case _:
-                raise ArgumentError(f"{self.text!r}: {ast.unparse(node)!r} is not allowed here. Allowed: {ALLOWED}")
+                raise ArgumentError(f"{self.text!r}: {_written(node)!r} is not allowed here. Allowed: {ALLOWED}")
 
     def _check_comparison(
         self, left: ast.expr, ops: list[ast.cmpop], comparators: list[ast.expr], names: dict[str, None]
@@ -165,14 +160,31 @@ class KeepExpression:
             if isinstance(op, ast.In | ast.NotIn) and isinstance(right, ast.Call):
                 self._quantiles[self._quantile(before, right)] = None
                 continue
+            if isinstance(op, ast.In | ast.NotIn):
+                self._check_list(before, right)
+                continue
             self._check(right, names)
+            if not _has_column(before) and (isinstance(op, ast.Is | ast.IsNot) or not _has_column(right)):
+                raise ArgumentError(f"{self.text!r}: {_written(before)!r} is compared without a column")
             if isinstance(op, ast.Is | ast.IsNot) and not (isinstance(right, ast.Constant) and right.value is None):
                 raise ArgumentError(f"{self.text!r}: 'is' goes with None alone; compare with ==")
-            if isinstance(op, ast.In | ast.NotIn) and not isinstance(right, ast.List | ast.Tuple):
-                raise ArgumentError(
-                    f"{self.text!r}: 'in' needs a list or a quantile, as in shard in ['00000', '00001'] and clip_score "
-                    "in top 30%"
-                )
+
+    def _check_list(self, left: ast.expr, right: ast.expr) -> None:
+        if not isinstance(right, ast.List | ast.Tuple):
+            raise ArgumentError(
+                f"{self.text!r}: 'in' needs a list or a quantile, as in shard in ['00000', '00001'] and clip_score "
+                "in top 30%"
+            )
+        if not _has_column(left):
+            raise ArgumentError(f"{self.text!r}: {_written(left)!r} before 'in' is no column")
+        listed: dict[str, None] = {}
+        for value in right.elts:
+            self._check(value, listed)
+        if listed:
+            raise ArgumentError(
+                f"{self.text!r}: the list {_written(right)} has the column {next(iter(listed))}; a list holds numbers "
+                "or texts, and columns are compared with =="
+            )
 
     def _quantile(self, left: ast.expr, right: ast.Call) -> Quantile:
         match right:
@@ -189,30 +201,31 @@ class KeepExpression:
     def _value(self, node: ast.expr, frame: pd.DataFrame) -> Any:
         match node:
             case ast.Name(id=name):
-                return frame[name]
+                return as_operand(frame[name])
             case ast.Constant(value=value):
                 return value
             case ast.List(elts=values) | ast.Tuple(elts=values):
                 return [self._value(value, frame) for value in values]
             case ast.UnaryOp(op=ast.USub(), operand=operand):
-                return -self._value(operand, frame)
+                return self._computed(node, lambda value: -widened(value), self._value(operand, frame))
             case ast.UnaryOp(operand=operand):
                 return ~self._truth(operand, frame)
             case ast.BoolOp(op=op, values=values):
                 return self._joined(op, [self._truth(value, frame) for value in values])
             case ast.BinOp(left=left, op=op, right=right):
-                return _ARITHMETIC[type(op)](self._value(left, frame), self._value(right, frame))
+                both = self._value(left, frame), self._value(right, frame)
+                return self._computed(node, lambda one, two: arithmetic(op, one, two), *both)
             case ast.Compare(left=left, ops=ops, comparators=comparators):
-                return self._compared(left, ops, comparators, frame)
+                return self._compared(node, left, ops, comparators, frame)
             case ast.Call(func=ast.Name(id=name), args=args):
-                return self._called(name, [self._value(value, frame) for value in args])
+                return self._called(node, name, [self._value(value, frame) for value in args])
         raise AssertionError(f"unchecked node {ast.dump(node)}")
 
     def _truth(self, node: ast.expr, frame: pd.DataFrame) -> pd.Series:
         """Return a nullable boolean column, so that a null stays a null under `not`."""
         value = self._value(node, frame)
         if not isinstance(value, pd.Series) or not pd.api.types.is_bool_dtype(value.dtype):
-            raise ArgumentError(f"{self.text!r}: {ast.unparse(node)!r} is not true or false")
+            raise ArgumentError(f"{self.text!r}: {_written(node)!r} is not true or false")
         return value.astype(schema.arrow_dtype("bool"))
 
     def _joined(self, op: ast.boolop, values: list[pd.Series]) -> pd.Series:
@@ -221,19 +234,21 @@ class KeepExpression:
             result = result & value if isinstance(op, ast.And) else result | value
         return result
 
-    def _compared(self, left: ast.expr, ops: list[ast.cmpop], comparators: list[ast.expr], frame: pd.DataFrame) -> Any:
+    def _compared(
+        self, whole: ast.expr, left: ast.expr, ops: list[ast.cmpop], comparators: list[ast.expr], frame: pd.DataFrame
+    ) -> Any:
         parts = []
         before = self._value(left, frame)
         for op, earlier, node in zip(ops, [left, *comparators], comparators, strict=False):
             if isinstance(node, ast.Call) and isinstance(op, ast.In | ast.NotIn):
-                parts.append(self._in_quantile(op, self._quantile(earlier, node), before))
+                parts.append(self._in_quantile(whole, op, self._quantile(earlier, node), before))
                 continue
             after = self._value(node, frame)
-            parts.append(self._pair(op, before, after))
+            parts.append(self._pair(whole, op, before, after))
             before = after
         return self._joined(ast.And(), parts)
 
-    def _in_quantile(self, op: ast.cmpop, quantile: Quantile, values: pd.Series) -> pd.Series:
+    def _in_quantile(self, whole: ast.expr, op: ast.cmpop, quantile: Quantile, values: pd.Series) -> pd.Series:
         if quantile not in self._thresholds:
             raise ArgumentError(
                 f"{self.text!r}: which rows are {quantile} depends on all rows of the dataset, and these are only "
@@ -244,36 +259,36 @@ class KeepExpression:
             return pd.Series(None, values.index, schema.arrow_dtype("bool"))
         if isinstance(threshold, int) and threshold > 2**63 - 1:
             threshold = np.uint64(threshold)  # a plain integer would be taken for a signed one
-        inside = self._pair(ast.GtE() if quantile.side == "top" else ast.LtE(), values, threshold)
+        inside = self._pair(whole, ast.GtE() if quantile.side == "top" else ast.LtE(), values, threshold)
         inside = inside.where(values.between(-math.inf, math.inf).fillna(False))  # a NaN is no value, under `not` too
         return inside if isinstance(op, ast.In) else ~inside
 
-    def _pair(self, op: ast.cmpop, left: Any, right: Any) -> pd.Series:
-        try:
-            result = _compare(op, left, right)
-        except (TypeError, NotImplementedError, ValueError, OverflowError) as error:
-            raise ArgumentError(f"{self.text!r}: cannot compare these types ({str(error).splitlines()[0]})") from error
-        if not isinstance(result, pd.Series):
-            raise ArgumentError(f"{self.text!r}: a comparison without a column")
+    def _pair(self, whole: ast.expr, op: ast.cmpop, left: Any, right: Any) -> pd.Series:
+        result: pd.Series = self._computed(whole, lambda one, two: compare(op, one, two), left, right)
         return result.astype(schema.arrow_dtype("bool"))
 
-    def _called(self, name: str, values: list[Any]) -> Any:
+    def _called(self, node: ast.expr, name: str, values: list[Any]) -> Any:
         if not isinstance(values[0], pd.Series):
             raise ArgumentError(f"{self.text!r}: {name}() needs a column")
+        return self._computed(node, FUNCTIONS[name][1], *values)
+
+    def _computed(self, node: ast.expr, operation: Callable[..., Any], *values: Any) -> Any:
+        """Return what an operation makes of values; what it cannot do is an error that names both."""
         try:
-            return _FUNCTIONS[name][1](*values)
-        except (AttributeError, TypeError) as error:
-            raise ArgumentError(f"{self.text!r}: {name}() does not fit its column ({error})") from error
+            return operation(*values)
+        except ERRORS as error:
+            verb = "compare" if isinstance(node, ast.Compare) else "compute"
+            raise ArgumentError(
+                f"{self.text!r}: cannot {verb} {_written(node)!r} of {' and '.join(map(type_name, values))} "
+                f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            ) from error
 
 
-def _compare(op: ast.cmpop, left: Any, right: Any) -> Any:
-    if isinstance(op, ast.Is | ast.IsNot):
-        return left.isna() if isinstance(op, ast.Is) else left.notna()
-    if isinstance(op, ast.In | ast.NotIn):
-        inside = left.isin(right).astype(schema.arrow_dtype("bool")).where(left.notna())
-        return inside if isinstance(op, ast.In) else ~inside
-    if right is None:
-        raise TypeError("write 'is None' to ask for nulls")
-    if isinstance(left, pd.Series) and isinstance(left.dtype, pd.CategoricalDtype):
-        left = left.astype(schema.arrow_dtype("string"))
-    return _COMPARISONS[type(op)](left, right)
+def _written(node: ast.expr) -> str:
+    """Return a part of an expression as a user writes it."""
+    return _CALLED.sub(r"\1 \2\3", ast.unparse(node))
+
+
+def _has_column(node: ast.expr) -> bool:
+    calls = {id(one.func) for one in ast.walk(node) if isinstance(one, ast.Call)}
+    return any(isinstance(one, ast.Name) and id(one) not in calls for one in ast.walk(node))

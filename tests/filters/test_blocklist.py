@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
+import lzma
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -154,6 +158,16 @@ def test_an_image_that_is_not_there_is_not_blocked_but_said(tmp_path: Path) -> N
         (["a"], {"column": "nosuch"}, MissingColumnError, "nosuch"),
         (["a"], {"column": "url", "content_hash": "sha256"}, ArgumentError, "contradict"),
         (["a"], {"content_hash": "md5"}, ArgumentError, "md5"),
+        (["a", b"000001"], {}, ArgumentError, "entry 1 .* bytes b'000001'"),
+        ([["000001"]], {}, ArgumentError, "entry 0 .* list"),
+        ([1, "a", None], {"column": "seed"}, ArgumentError, "entry 2 .* NoneType None"),
+        ([1.0], {"column": "seed"}, ArgumentError, "entry 0 .* float 1.0"),
+        ([True], {"column": "seed"}, ArgumentError, "entry 0 .* bool True"),
+        (b"000001", {}, ArgumentError, "file's path, or a list of texts or whole numbers, not bytes"),
+        (pd.DataFrame({"key": ["000001"]}), {}, ArgumentError, "not DataFrame"),
+        (None, {}, ArgumentError, "file's path, or a list of texts or whole numbers, not NoneType"),
+        (5, {}, ArgumentError, "file's path, or a list of texts or whole numbers, not int"),
+        ("", {}, ArgumentError, "path is ''"),
     ],
 )
 def test_what_is_refused(pairs: Path, entries: Any, settings: Any, kind: Any, said: str) -> None:
@@ -161,11 +175,92 @@ def test_what_is_refused(pairs: Path, entries: Any, settings: Any, kind: Any, sa
         blocked(pairs, entries, **settings)
 
 
+@pytest.mark.parametrize("name", ["l.csv", "l.tsv", "l.csv.gz"])
+def test_a_table_without_a_header_is_refused(pairs: Path, tmp_path: Path, name: str) -> None:
+    data = b"000000\n000001\n"
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    with pytest.raises(MissingColumnError, match=rf"{name} has no column 'key'; its first line is '000000'.*\.txt"):
+        blocked(pairs, tmp_path / name)
+
+
+def test_a_column_of_hashes_is_called_as_the_hash(pairs: Path, tmp_path: Path) -> None:
+    listed = hashlib.sha256(tar_members(pairs / "a.tar")["000001.jpg"]).hexdigest()
+    (tmp_path / "l.csv").write_text(f"sha256\n{listed}\n")
+    assert blocked(pairs, tmp_path / "l.csv", content_hash="sha256") == [1]
+    (tmp_path / "l.csv").write_text(f"{listed}\n{listed}\n")
+    with pytest.raises(MissingColumnError, match="no column 'sha256'"):
+        blocked(pairs, tmp_path / "l.csv", content_hash="sha256")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "key\n000000\n000004\n",
+        "key, url\n 000000,x\n 000004 ,y\n",
+        'url , key\r\n"a,b", "000000"\r\n\r\n"c\r\nd",000004\r\n',
+        "\ufeff\nkey\n\n000000\n  \n000004",
+    ],
+)
+def test_tables_in_all_their_forms(pairs: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "l.csv").write_bytes(text.encode())
+    assert blocked(pairs, tmp_path / "l.csv") == [0, 4]
+    (tmp_path / "l.csv.xz").write_bytes(lzma.compress(text.encode()))
+    assert blocked(pairs, tmp_path / "l.csv.xz") == [0, 4]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "said"),
+    [
+        ("key;url\n000000;x\n", MissingColumnError, "its first line is 'key;url'.*',' between"),
+        ("", MissingColumnError, "no column 'key'"),
+        ("key,key\n1,2\n", MissingColumnError, "has the column 'key' 2 times"),
+        ('key\n000000\n"000001\n000002\n', ArgumentError, "line 3: .*quote"),
+        ('key\n"000000\n"000001"\n', ArgumentError, "line 2: "),
+        ("key,url\n000000,x\n000001\n", ArgumentError, "line 3: 1 cells under a header of 2"),
+        ("key\n000000,http://x\n", ArgumentError, "line 2: 2 cells under a header of 1"),
+    ],
+)
+def test_tables_that_would_block_too_little(pairs: Path, tmp_path: Path, text: str, kind: Any, said: str) -> None:
+    (tmp_path / "l.csv").write_text(text)
+    with pytest.raises(kind, match=rf"l\.csv.*{said}"):
+        blocked(pairs, tmp_path / "l.csv")
+
+
+@pytest.mark.parametrize("ending", ["gz", "bz2", "xz", "zip"])
+def test_files_that_are_not_compressed_as_they_say(pairs: Path, tmp_path: Path, ending: str) -> None:
+    text = b"".join(f"{number * 7919 % 1_000_003}\n".encode() for number in range(20_000)) + b"000001\n"
+    path = tmp_path / f"l.txt.{ending}"
+    if ending == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
+            made.writestr("l.txt", text)
+    else:
+        path.write_bytes({"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}[ending](text))
+    assert blocked(pairs, path) == [1]
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    damaged = whole[:middle] + bytes(byte ^ 255 for byte in whole[middle : middle + 64]) + whole[middle + 64 :]
+    for content in (b"000001\n", whole[:middle], damaged):
+        path.write_bytes(content)
+        with pytest.raises(ArgumentError, match=rf"l\.txt\.{ending} is not what its name says"):
+            blocked(pairs, path)
+
+
+def test_folders_and_wrong_columns_are_named(pairs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"the blocklist .*in is a folder"):
+        blocked(pairs, pairs)
+    with pytest.raises(ArgumentError, match=r"l\.parquet, column 'url': .* whole numbers, not double"):
+        blocked(pairs, write_list(tmp_path, "l.parquet", [1.5]), column="url")
+
+
+def test_whole_numbers_of_numpy_are_entries(pairs: Path) -> None:
+    assert blocked(pairs, np.array([2, 6], np.uint16), column="seed") == [2, 6]
+
+
 def test_files_that_are_not_what_they_say(pairs: Path, tmp_path: Path) -> None:
     (tmp_path / "l.parquet").write_bytes(b"no parquet")
     with pytest.raises(ArgumentError, match=r"l\.parquet"):
         blocked(pairs, tmp_path / "l.parquet")
-    with pytest.raises(MissingColumnError, match="it has other, name"):
+    with pytest.raises(MissingColumnError, match="first line is 'other,name'"):
         blocked(pairs, write_list(tmp_path, "l.csv", ["1"], "name"), column="url")
     (tmp_path / "l.txt").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(ArgumentError, match=r"l\.txt"):

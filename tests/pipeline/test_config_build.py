@@ -284,6 +284,17 @@ def test_a_workflow_is_built() -> None:
     assert (made.input_paths, made.output_path, made.eps) == (["/in"], "/out", 0.02)
 
 
+def test_a_workflow_may_be_one_mapping() -> None:
+    text = "workflow: " + str(SEMANTIC) + "\n"
+    config = load_config(text, ["workflow.eps=0.02", "workflow.input_path=/other"])
+    assert isinstance(build_pipeline(config), SemanticDeduplicationWorkflow)
+    assert read_plan(config).entries[0].arguments == {"input_path": "/other", "output_path": "/out", "eps": 0.02}
+    with pytest.raises(ArgumentError, match=r"^workflow \(.*there is no argument 'epz'; did you mean 'eps'"):
+        build_pipeline(load_config(text, ["workflow.epz=0.02"]))
+    with pytest.raises(ArgumentError, match="there is no key '0' in workflow"):
+        load_config(text, ["workflow.0.eps=0.02"])
+
+
 def test_a_workflow_of_nemo_curator_is_built() -> None:
     ranking = {"_target_": OLD_RANKING, "metadata_cols": ["cosine_dist_to_cent"], "ascending": True, "random_seed": 1}
     plan = read_plan(

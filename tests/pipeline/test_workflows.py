@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -573,7 +574,7 @@ def test_defaults_of_the_old_workflow_are_taken() -> None:
         oversampling_factor=2.0,
         max_samples_per_batch=1 << 15,
     )
-    assert flow.duplicates_path == "out/duplicates"
+    assert flow.duplicates_path == os.path.abspath("out/duplicates")
     for paths in (([], "x"), ("", "x"), ([""], "x"), ("x", "")):
         with pytest.raises(ArgumentError, match="must not be empty"):
             SemanticDeduplicationWorkflow(*paths)

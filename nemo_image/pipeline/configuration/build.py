@@ -119,7 +119,7 @@ def build_pipeline(config: Mapping[str, Any], allowed: Sequence[str] = (OURS,)) 
     ----------
     config : mapping
         As :func:`load_config` returns it: ``stages``, a list of mappings with ``_target_``, a stage's class, and its
-        arguments; or ``workflow``, a list of one such. ``name`` and ``description`` are the
+        arguments; or ``workflow``, one such mapping or a list of one. ``name`` and ``description`` are the
         pipeline's.
     allowed : sequence of str, default ("nemo_image",)
         Packages and modules whose classes may be named. Naming a package of yours has it imported.
@@ -142,15 +142,19 @@ def read_plan(config: Mapping[str, Any], allowed: Sequence[str] = (OURS,)) -> Pl
     part = _part(config)
     notes = list(_ignored(config))
     written = config[part]
+    is_single = part == "workflow" and isinstance(written, Mapping)
+    if is_single:
+        written = [written]
     if not isinstance(written, Sequence) or isinstance(written, str) or not written:
-        raise ArgumentError(f"{part!r} must be a list of mappings with _target_")
+        what = "a mapping with _target_, or a list of one" if part == "workflow" else "a list of mappings with _target_"
+        raise ArgumentError(f"{part!r} must be {what}")
     if part == "workflow" and len(written) != 1:
         raise ArgumentError(f"'workflow' must be a list of one, not of {len(written)}")
     for key in ("name", "description"):
         if not isinstance(config.get(key, ""), str):
             raise ArgumentError(f"{key!r} must be text, not {config[key]!r}")
     reader = _EntryReader(part, prefixes, notes)
-    entries = [reader.read(one, f"{part}.{number}") for number, one in enumerate(written)]
+    entries = [reader.read(one, part if is_single else f"{part}.{number}") for number, one in enumerate(written)]
     plan = Plan(part, entries, config.get("name", "pipeline"), config.get("description"), list(dict.fromkeys(notes)))
     if plan.notes:
         logger.warning("of the configuration: %s", "; ".join(plan.notes))

@@ -64,7 +64,7 @@ def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     text, where = _read(source)
     config = parse(text, where)
     if not isinstance(config, dict):
-        raise ArgumentError(f"{where} is no mapping: it needs a list 'stages:' or 'workflow:'")
+        raise ArgumentError(f"{where} is no mapping: it needs a list 'stages:', or 'workflow:'")
     keys = [_Override(override).carry_out(config) for override in overrides]
     resolver = Resolver(config, IGNORED)
     resolved = resolver.resolve()
@@ -142,7 +142,10 @@ class _Override:
 
     def _is_checked_later(self) -> bool:
         """Tell whether the key is an argument of a stage, which the stage knows better than the file."""
-        return self.key in OWN_KEYS or (self.steps[0] in PARTS and len(self.steps) > 2)
+        if self.key in OWN_KEYS:
+            return True
+        first_argument = 1 if self.steps[0] == "workflow" and not self.steps[1].isdecimal() else 2
+        return self.steps[0] in PARTS and len(self.steps) > first_argument
 
     def _require(self, holder: Any, step: str, path: Sequence[str]) -> None:
         above = ".".join(path) or "the configuration"
