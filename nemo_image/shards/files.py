@@ -117,14 +117,15 @@ def join(root: Url, *parts: str) -> str:
 
 
 def absolute(url: Url) -> str:
-    """Return a path that means the same in every process: absolute, with ``~`` replaced; a URL stays as it is."""
+    """Return a path that means the same in every process: absolute, ``~`` replaced; "" and a URL stay as they are."""
     text = os.fspath(url)
-    return text if "://" in text else os.path.abspath(os.path.expanduser(text))
+    return text if "://" in text or not text else os.path.abspath(os.path.expanduser(text))
 
 
 def folder(url: Url) -> str:
     """Return what `absolute` does, without a slash at its end."""
-    return absolute(url).rstrip("/") or "/"
+    text = absolute(url)
+    return text.rstrip("/") or text[:1]
 
 
 def list_files(root: Url, suffix: str, storage_options: StorageOptions = None) -> list[str]:
