@@ -12,6 +12,7 @@ Whatever goes wrong inside a picture is an `ImageError`; `nemo_image.shards.fail
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -289,6 +290,10 @@ def _torchvision_decode_jpeg() -> Any:
         import torch
         import torchvision.io  # noqa: F401  (registers the operator)
 
+        # torch warns, once a process, that Python's bytes may not be written to; the decoder only reads them.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            torch.frombuffer(b"\0", dtype=torch.uint8)
         return torch.ops.image.decode_jpeg
     except (ImportError, AttributeError) as error:
         raise MissingDependencyError(
@@ -303,7 +308,7 @@ def _decode_native(native: Any, data: bytes, header: ImageHeader) -> torch.Tenso
 
     rgb = 3  # torchvision.io.ImageReadMode.RGB
     try:
-        pixels: torch.Tensor = native(torch.frombuffer(bytearray(data), dtype=torch.uint8), rgb)
+        pixels: torch.Tensor = native(torch.frombuffer(data, dtype=torch.uint8), rgb)
     except RuntimeError:
         return None
     return pixels if pixels.shape == (3, header.height, header.width) else None
