@@ -294,6 +294,36 @@ def test_a_child_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
         child(GOOD)
 
 
+@pytest.mark.usefixtures("no_idle_server")
+def test_a_current_folder_that_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = AsksForFolder(make_preprocessor(SPEC, decoder="pillow"))
+    here = tmp_path / "here"
+    here.mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(here)
+        start_ahead()
+        with IsolatedPreprocessor(inner) as child:  # type: ignore[arg-type]
+            assert child(GOOD).errors == [None] * len(GOOD)
+            here.rmdir()
+            child._server.end_decoder()
+            assert child(GOOD).errors == [None] * len(GOOD)
+        server._end_all_idle()
+        with IsolatedPreprocessor(inner) as child:  # type: ignore[arg-type]  # a child that starts without a folder
+            assert child(GOOD).errors == [None] * len(GOOD)
+
+
+class AsksForFolder:
+    """Decodes, and asks for the current folder, as libraries do."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.spec = inner.spec
+
+    def __call__(self, blobs: Any) -> Any:
+        os.path.abspath("x")
+        return self.inner(blobs)
+
+
 # ---------------------------------------------------------------------------------------------------- life of the child
 
 

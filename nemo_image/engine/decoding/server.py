@@ -31,6 +31,13 @@ _START = (
 )
 
 
+def _here() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # removed
+        return os.sep
+
+
 class DecoderDeathError(Exception):
     """A decoder ended, or was ended, before it gave an answer.
 
@@ -58,7 +65,7 @@ class DecodeServer:
         self._ready = False
         self._channel: socket.socket | None = None
         self._lock = threading.Lock()
-        path = [one for one in sys.path if isinstance(one, str)]
+        path = [os.path.join(_here(), one) for one in sys.path if isinstance(one, str)]
         modules = [name for name in list(sys.modules) if name.startswith("nemo_image.")]  # decoders are of these
         code = _START.format(path=path, descriptor=theirs.fileno(), modules=modules)
         with theirs:
@@ -67,6 +74,7 @@ class DecodeServer:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # what libraries print there would come among the user's own output
                 pass_fds=[theirs.fileno()],
+                cwd=os.sep,  # ours may be removed while the child is kept, and libraries ask for it
                 start_new_session=True,  # an interrupt from the keyboard must not look like a crash
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # its threads would be idle, and lost in a fork
             )
