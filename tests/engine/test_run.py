@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,11 +139,11 @@ def test_exchanges_grow_where_tasks_are_short(monkeypatch: pytest.MonkeyPatch, s
         now[0] += seconds
         return 2 * number
 
-    # The function travels as bytes, which would copy the clock.
-    monkeypatch.setattr(run.cloudpickle, "dumps", lambda value: b"doubled")
-    monkeypatch.setattr(run.pickle, "loads", lambda value: doubled)
-    monkeypatch.setattr(run.time, "monotonic", clock)
-    monkeypatch.setattr(run.time, "sleep", lambda _: None)
+    # The function travels as bytes, which would copy the clock. The module's own names: other threads of this process,
+    # an event loop with a cluster's messages among them, go by the real clock.
+    monkeypatch.setattr(run, "cloudpickle", SimpleNamespace(dumps=lambda value: b"doubled"))
+    monkeypatch.setattr(run, "pickle", SimpleNamespace(loads=lambda value: doubled))
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=clock, sleep=lambda _: None))
     results = list(run_tasks(doubled, range(9000), on_error=lambda *_: -1, count=9000, client=client))
     assert results == [2 * number for number in range(9000)]
     assert max(client.sizes) == largest  # the tasks of two seconds, and three a thread at least
