@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
-
-import pandas as pd
 
 from nemo_image import schema
 from nemo_image.datasets.columns import column_functions, metadata_identity, tar_identity
 from nemo_image.datasets.image_text_pair import ImageTextPairDataset
-from nemo_image.datasets.load import read_rows
-from nemo_image.datasets.partitions import PartitionTask, ShardTasks, shard_tasks
-from nemo_image.datasets.shard_pass import ShardPass
+from nemo_image.datasets.partitions import ShardTasks, shard_tasks
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.engine.progress import Progress
 from nemo_image.engine.run import run_tasks
 from nemo_image.errors import RunError, one_line
-from nemo_image.shards import parquet
 
 FAILURES_NAMED = 10
 
@@ -65,15 +60,6 @@ def _is_to_compute(dataset: ImageTextPairDataset, names: list[str]) -> bool:
     """Tell whether columns need more than reading files."""
     needed = column_functions(dataset.metadata[names].optimize(fuse=False))
     return any(not getattr(one.function, "only_reads", False) for one in needed)
-
-
-def frames(source: DatasetSource, shard: str, rows: PartitionTask) -> Iterator[pd.DataFrame]:
-    """Yield a shard's rows, window by window where that gives the same rows."""
-    with ShardPass(source, shard) as under_way:
-        summary = parquet.summary_or_none(source.parquet_url(shard), source.storage_options)
-        ids = None if summary is None else read_rows(source, shard, [source.id_col])[source.id_col].combine_chunks()
-        for _ in under_way.windows(ids, rows.row_by_row):
-            yield rows()
 
 
 def file_identities(dataset: ImageTextPairDataset) -> list[Any]:

@@ -8,7 +8,7 @@ partitions, windows or workers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,11 +16,10 @@ import numpy as np
 import pandas as pd
 
 from nemo_image import backend, schema
-from nemo_image.datasets.load import read_rows
 from nemo_image.datasets.nearest import Doubles, nearest_rows
 from nemo_image.datasets.partitions import PartitionTask, shard_tasks
 from nemo_image.datasets.queries import fingerprint_of, query_vectors, require_same_model, require_saved, settled
-from nemo_image.datasets.shard_pass import ShardPass
+from nemo_image.datasets.row_windows import frames
 from nemo_image.datasets.show import Gallery
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.datasets.state import DatasetState
@@ -29,7 +28,6 @@ from nemo_image.engine.device import worker_device
 from nemo_image.engine.progress import Progress
 from nemo_image.engine.run import run_tasks
 from nemo_image.errors import ArgumentError, EmbeddingError, IdMismatchError, RunError, one_line
-from nemo_image.shards import parquet
 
 logger = logging.getLogger("nemo_image")
 
@@ -183,7 +181,7 @@ class FindBest:
         number, shard, rows = item
         best = self.nothing()
         try:
-            for frame in _windows(self.source, shard, rows):
+            for frame in frames(self.source, shard, rows):
                 best.add(self.of_frame(number, frame), self.k)
         except Exception as error:
             best.failures[shard] = one_line(error)
@@ -216,15 +214,6 @@ class FindBest:
             made = zip((-found.cosines[query]).tolist(), *names, strict=True)
             best.hits[query] = sorted(Hit(distance, str(shard), one, number) for distance, shard, one in made)[: self.k]
         return best
-
-
-def _windows(source: DatasetSource, shard: str, rows: PartitionTask) -> Iterator[pd.DataFrame]:
-    """Yield a shard's rows, window by window where that gives the same rows."""
-    with ShardPass(source, shard) as under_way:
-        summary = parquet.summary_or_none(source.parquet_url(shard), source.storage_options)
-        ids = None if summary is None else read_rows(source, shard, [source.id_col])[source.id_col].combine_chunks()
-        for _ in under_way.windows(ids, rows.row_by_row):
-            yield rows()
 
 
 def _find(frame: Any, finding: FindBest) -> Best:

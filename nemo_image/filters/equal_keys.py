@@ -25,7 +25,8 @@ import pyarrow as pa
 from nemo_image import backend
 from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.datasets.partitions import PartitionTask
-from nemo_image.datasets.passes import frames, run_all, tasks_of
+from nemo_image.datasets.passes import run_all, tasks_of
+from nemo_image.datasets.row_windows import frames
 from nemo_image.shards import files, parquet
 from nemo_image.shards.sources import open_source
 

@@ -19,7 +19,8 @@ import pyarrow as pa
 from nemo_image import backend
 from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.datasets.partitions import PartitionTask
-from nemo_image.datasets.passes import frames, one_task_a_shard, run_each, tasks_of
+from nemo_image.datasets.passes import one_task_a_shard, run_each, tasks_of
+from nemo_image.datasets.row_windows import frames
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.errors import ArgumentError
 from nemo_image.filters.quantiles import Quantile

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nemo_image.datasets.partitions import PartitionTask
-from nemo_image.datasets.passes import frames, run_all
+from nemo_image.datasets.passes import run_all
+from nemo_image.datasets.row_windows import frames
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.dedup.clusters.centroids import CENTROIDS, write_centroids
 from nemo_image.dedup.clusters.kmeans import fit_kmeans

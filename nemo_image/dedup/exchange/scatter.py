@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from nemo_image import backend, schema
 from nemo_image.datasets.partitions import PartitionTask, ShardTasks
-from nemo_image.datasets.passes import frames, run_all
+from nemo_image.datasets.passes import run_all
+from nemo_image.datasets.row_windows import frames
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.dedup.exchange.rows import Hashes, row_hashes
 from nemo_image.dedup.exchange.runs import RUN_BYTES, RunWriter

@@ -14,7 +14,8 @@ import pyarrow as pa
 from nemo_image import backend, schema
 from nemo_image.datasets.load import require_unique
 from nemo_image.datasets.partitions import PartitionTask
-from nemo_image.datasets.passes import frames, run_all
+from nemo_image.datasets.passes import run_all
+from nemo_image.datasets.row_windows import frames
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.dedup.exchange.work import Work
 from nemo_image.errors import IdMismatchError
