@@ -56,11 +56,13 @@ class Slurm:
         """Wait for a job to end; return what Slurm says of it, and what it said itself as ``log``."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         deadline = time.monotonic() + PATIENCE_S
-        while self.facts(job).get("JobState") not in ended:
+        hastened = False
+        while (facts := self.facts(job)).get("JobState") not in ended:
             assert time.monotonic() < deadline, self.log(job)
-            # A job that is queued again waits for minutes, lest it fail for ever.
-            if self.facts(job).get("JobState") == "PENDING":
-                self.call("scontrol", "update", f"job={job}", "starttime=now")
+            # Queued again, a job waits for two minutes: a node refuses one that starts in the second of its kill.
+            if not hastened and facts.get("JobState") == "PENDING" and facts.get("Restarts", "0") != "0":
+                self.call("scontrol", "update", f"job={job}", "starttime=now+3")
+                hastened = True
             time.sleep(0.2)
         return {**self.facts(job), "log": self.log(job)}
 
