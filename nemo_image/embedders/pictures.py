@@ -38,8 +38,8 @@ def prepared_batches(
     """Yield batches of pictures, ready for a model, in order.
 
     Which pictures make a batch depends on `members` and `size` alone, so that results repeat to the last bit. At most
-    three batches are ahead of the one that is worked on. The first batch of a local tar is read by the threads that
-    decode it, unless there are members `beside` it.
+    three batches are ahead of the one that is worked on. Pictures of a local tar are read by the threads that decode
+    them, after the kernel was asked for the batch; those of a remote one by a request or a few for each batch.
 
     Parameters
     ----------
@@ -64,13 +64,14 @@ def prepared_batches(
     """
 
     def one(places: range) -> tuple[range, PreprocessedBatch, _Texts]:
+        pictures = members[places.start : places.stop]
         others = [()] * len(places) if beside is None else beside[places.start : places.stop]
         blobs: Sequence[bytes]
-        texts: _Texts
-        if places.start == 0 and beside is None and reader.is_local:
-            blobs, texts = _Unread(reader, members[: places.stop]), [()] * len(places)
+        if reader.is_local:
+            reader.fetch_ahead(pictures)
+            blobs, texts = _Unread(reader, pictures), _read_texts(reader, others)
         else:
-            blobs, texts = _read(reader, members[places.start : places.stop], others)
+            blobs, texts = _read(reader, pictures, others)
         batch = prepare(blobs)
         if pin and not batch.pixels.is_cuda:
             batch = replace(batch, pixels=batch.pixels.pin_memory())
@@ -84,7 +85,7 @@ def prepared_batches(
 class _Unread(Sequence[bytes]):
     """Pictures that are read when they are asked for, each by the thread that decodes it.
 
-    For the first batch, whose decoding would else wait until all of it is read. The later ones are read ahead.
+    The bytes are then in that processor's cache, and in memory that the picture before has left.
     """
 
     def __init__(self, reader: ShardReader, members: Sequence[Member]) -> None:
@@ -102,6 +103,11 @@ class _Unread(Sequence[bytes]):
         if isinstance(row, slice):
             return _Unread(self._reader, self._members[row])
         return self._reader.read(self._members[row])
+
+
+def _read_texts(reader: ShardReader, others: Sequence[Sequence[Member]]) -> _Texts:
+    blobs = reader.read_many([member for more in others for member in more])
+    return [tuple(next(blobs) for _ in more) for more in others]
 
 
 def _read(

@@ -93,6 +93,17 @@ class ShardReader:
         """
         return self._open().ahead == 0
 
+    def fetch_ahead(self, members: Iterable[Member]) -> None:
+        """Have the kernel fetch members of a local tar, which will be read one by one; returns at once.
+
+        Raises
+        ------
+        TarError
+            If the tar does not have them.
+        """
+        source = self._open()
+        source.fetch_ahead([self._range(member, source) for member in members])
+
     def read(self, member: Member) -> bytes:
         """Return a member's bytes.
 

@@ -68,13 +68,29 @@ def tar(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("texts", [False, True])
-def test_only_the_first_batch_of_a_local_tar_is_read_while_it_is_decoded(tar: Path, texts: bool) -> None:
+def test_a_local_tar_is_read_while_it_is_decoded(tar: Path, texts: bool) -> None:
     listing = Listing()
     with ShardReader(tar) as reader:
         batches(reader, listing, texts=texts)
     seen = sorted(listing.seen, key=lambda one: BLOBS.index(one[1][0] or b""))
     assert [blobs for _, blobs in seen] == [BLOBS[:3], BLOBS[3:6], BLOBS[6:]]
-    assert [was_read for was_read, _ in seen] == [texts, True, True]
+    assert not any(was_read for was_read, _ in seen)
+
+
+def test_the_kernel_is_asked_for_a_batch_before_it_is_decoded(tar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, start, size, __: asked.append((start, size)), raising=False)
+    asked_by_then = []
+
+    class Watching(Listing):
+        def __call__(self, blobs: Sequence[bytes | None]) -> PreprocessedBatch:
+            asked_by_then.append(len(asked))
+            return super().__call__(blobs)
+
+    with ShardReader(tar) as reader:
+        batches(reader, Watching(), size=7)
+        assert asked == [(member.offset, member.size) for member in images_of(reader)]
+    assert asked_by_then == [7]
 
 
 def test_a_remote_tar_is_read_batch_by_batch(tar: Path) -> None:

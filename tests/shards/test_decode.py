@@ -348,7 +348,10 @@ def test_mutants_end_as_a_picture_or_a_reason(kind: str) -> None:
 
 def test_headers_read_without_pillow_say_what_pillow_says() -> None:
     rng = np.random.default_rng(5)
-    kinds = [{}, {"progressive": True}, {"icc_profile": b"profile" * 40}, {"comment": b"text"}, {"optimize": True}]
+    kinds = [
+        {}, {"progressive": True}, {"icc_profile": b"profile" * 40}, {"comment": b"text"}, {"optimize": True},
+        {"exif": exif(6)}, {"xmp": XMP.format(8).encode()},
+    ]  # fmt: skip
     files = [encoded(picture(4), "JPEG", **kind) for kind in kinds] + [encoded(picture(4).convert("L"), "JPEG")]
     bare = 0
     for data in files:
@@ -370,7 +373,10 @@ def test_headers_read_without_pillow_say_what_pillow_says() -> None:
     assert bare > 400
 
 
-@pytest.mark.parametrize("segment", [b"\xff\xe1\x00\x08Exif\0\0", b"\xff\xe2\x00\x06MPF\0", b"\xff\xe0\x00\x07JFIF\0"])
+@pytest.mark.parametrize(
+    "segment",
+    [b"\xff\xe1\x00\x08Exif\0\0", b"\xff\xe0\x00\x05abc", b"\xff\xe2\x00\x06MPF\0", b"\xff\xe0\x00\x07JFIF\0"],
+)
 def test_segments_that_pillow_looks_into_are_left_to_it(segment: bytes) -> None:
     data = encoded(picture(4), "JPEG")
     assert decode._bare_header(data, MAX_PIXELS) is not None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -147,6 +148,18 @@ def test_a_local_file_is_read_to_its_end(tmp_path: Path) -> None:
     with open_source(io.BytesIO(CONTENT)) as source:
         assert isinstance(source, FileSource)
         assert source.read_at(2040, 100) == CONTENT[2040:]
+
+
+def test_the_kernel_is_asked_for_what_will_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, start, size, __: asked.append((start, size)), raising=False)
+    (tmp_path / "x").write_bytes(bytes(10))
+    with open_source(tmp_path / "x") as source:
+        source.fetch_ahead([(0, 3), (5, 5), (7, 7 + 300_000)])
+        assert asked == [(0, 3), (7, 131_072), (131_079, 131_072), (262_151, 37_856)]  # one advice is good for 128 KiB
+        monkeypatch.delattr(os, "posix_fadvise")
+        source.fetch_ahead([(0, 3)])
+    assert len(asked) == 4
 
 
 def test_a_local_file_costs_no_retry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
