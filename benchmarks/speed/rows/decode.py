@@ -21,6 +21,7 @@ def row(material: Material) -> Row:
             Contender("ours, Pillow alone", "pictures.py:ours", {**given, "decoder": "pillow"}),
         ],
         targets=[Rival("webdataset and Pillow transforms", at_least=2.0), Rival("decoding alone", at_least=0.85)],
+        rounds=15,  # a round of ours takes less than a second, and neighbours on the machine are felt
         floor="decoding alone",
         floor_text="The floor is libjpeg on bytes in memory. Our decoder alone adds the checks of the header; the "
         "resize is an antialiased bicubic one on uint8, which must give Pillow's pixels (torch's, or the compiled one "
