@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -91,6 +92,27 @@ def test_a_command_of_ones_own(slurm: Slurm) -> None:
     found = slurm.finish(job)
     assert found["ExitCode"] == "0:0", found["log"]
     assert json.dumps(["tls", 4, ["n1", "n1", "n2", "n2"]]) in found["log"]
+
+
+INSIDE = """
+import os
+from nemo_image import get_client
+def inside():
+    return os.environ.get("INSIDE")
+with get_client(scheduler_file=os.environ["NEMO_IMAGE_SCHEDULER_FILE"]) as client:
+    print("inside:", inside(), client.run_on_scheduler(inside), *client.run(inside).values())
+"""
+
+
+@pytest.mark.parametrize("container", ["env INSIDE=yes", "bwrap --dev-bind / / --unshare-pid --setenv INSIDE yes"])
+def test_everything_runs_inside_a_container(slurm: Slurm, container: str) -> None:
+    if shutil.which(container.split(maxsplit=1)[0]) is None:
+        pytest.skip("bubblewrap is not installed: apt-get install bubblewrap")
+    (slurm.folder / "inside.py").write_text(INSIDE)
+    job = slurm.submit("curate.sh", "--cpu", "--", sys.executable, "inside.py", NEMO_IMAGE_CONTAINER=container)
+    found = slurm.finish(job)
+    assert found["ExitCode"] == "0:0", found["log"]
+    assert "inside: yes yes yes yes\n" in found["log"]
 
 
 def test_a_failing_command_gives_its_status(slurm: Slurm) -> None:

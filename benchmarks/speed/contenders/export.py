@@ -20,6 +20,7 @@ def ours(tars: str, target: str, samples_per_shard: int, shuffle_seed: int | Non
 
     from nemo_image.datasets import ImageTextPairDataset
 
+    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed
     dataset = ImageTextPairDataset.from_webdataset(tars)
     dataset.metadata = dataset.metadata.assign(keep=True)
     count = sum(pq.read_metadata(path).num_rows for path in glob.glob(f"{tars}/*.parquet"))
@@ -44,6 +45,8 @@ def webdataset_copy(tars: str, target: str, samples_per_shard: int, synced: bool
         Samples of the reader's shuffle buffer; shuffles if not 0, the input shards too.
     """
     import webdataset
+
+    shutil.rmtree(target, ignore_errors=True)
 
     def sync(name: str) -> None:
         if synced:
@@ -71,6 +74,7 @@ def copy_bytes(tars: str, target: str, samples_per_shard: int, cores: int) -> An
 
     import pyarrow.parquet as pq
 
+    shutil.rmtree(target, ignore_errors=True)
     paths = sorted(Path(tars).glob("*.tar"))
     count = sum(pq.read_metadata(path.with_suffix(".parquet")).num_rows for path in paths)
 
