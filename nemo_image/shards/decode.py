@@ -122,7 +122,7 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     """
     with as_image_errors(data):
         data = bytes(data)
-        return _bare_header(data, max_pixels) or _open(data, max_pixels)[1]
+        return _own_header(data, max_pixels) or _open(data, max_pixels)[1]
 
 
 def decode_rgb(
@@ -170,9 +170,9 @@ def decode_rgb(
         if smallest is not None and (reduced := _decode_reduced(data, max_pixels, smallest)) is not None:
             return reduced
         if native is not None:
-            bare = _bare_header(data, max_pixels)
-            if bare is not None and (pixels := _decode_native(native, data, bare)) is not None:
-                return bare, upright(pixels, bare.orientation)
+            header = _own_header(data, max_pixels)
+            if header is not None and (pixels := _decode_native(native, data, header)) is not None:
+                return header, upright(pixels, header.orientation)
         image, header = _open(data, max_pixels)
         if native is not None and header.plain_jpeg:
             pixels = _decode_native(native, data, header)
@@ -185,7 +185,7 @@ def _decode_reduced(
     data: bytes, max_pixels: int, smallest: Callable[[ImageHeader], tuple[int, int]]
 ) -> tuple[ImageHeader, torch.Tensor] | None:
     """Decode a JPEG at part of its size; None where it is not at least twice as large as it has to be."""
-    header = _bare_header(data, max_pixels) or _open(data, max_pixels)[1]
+    header = _own_header(data, max_pixels) or _open(data, max_pixels)[1]
     width, height = smallest(header)
     if not header.plain_jpeg or header.width < 2 * width or header.height < 2 * height:
         return None
@@ -211,7 +211,7 @@ def decode_pillow(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[ImageHe
 # ---------------------------------------------------------------------------------------------------------- headers
 
 
-def _bare_header(data: bytes, max_pixels: int) -> ImageHeader | None:
+def _own_header(data: bytes, max_pixels: int) -> ImageHeader | None:
     """Read the header of a JPEG whose segments are all in order; None for all others, which Pillow reads.
 
     Pillow takes five times as long, nine times where there is EXIF; more where decoding has emptied the caches.
@@ -219,7 +219,7 @@ def _bare_header(data: bytes, max_pixels: int) -> ImageHeader | None:
     if not data.startswith(JPEG_SIGNATURE):
         return None
     scan = scan_jpeg(data)
-    if not scan.bare or scan.components not in (1, 3) or not is_complete(data, scan):
+    if not scan.unambiguous or scan.components not in (1, 3) or not is_complete(data, scan):
         return None
     ((width, height),) = scan.sizes
     largest = max_pixels if Image.MAX_IMAGE_PIXELS is None else min(max_pixels, Image.MAX_IMAGE_PIXELS)

@@ -204,7 +204,7 @@ def _watch_pictures(trap: Trap) -> None:
 
     from nemo_image.shards import decode
 
-    plain = decode._bare_header
+    plain = decode._own_header
 
     def watched(*args: Any, **options: Any) -> Any:
         trap.pass_by("decode")
@@ -214,5 +214,5 @@ def _watch_pictures(trap: Trap) -> None:
         if type(module).__name__ == MODEL_CLASS:
             trap.pass_by("forward")
 
-    decode._bare_header = watched
+    decode._own_header = watched
     register_module_forward_pre_hook(forward)

@@ -353,24 +353,24 @@ def test_headers_read_without_pillow_say_what_pillow_says() -> None:
         {"exif": exif(6)}, {"xmp": XMP.format(8).encode()},
     ]  # fmt: skip
     files = [encoded(picture(4), "JPEG", **kind) for kind in kinds] + [encoded(picture(4).convert("L"), "JPEG")]
-    bare = 0
+    own = 0
     for data in files:
         start = scan_jpeg(data).start
         for _ in range(400):
             mutant = bytearray(data)
             for place in rng.integers(2, start, rng.integers(0, 3)):
                 mutant[place] = rng.integers(0, 256)
-            header = decode._bare_header(bytes(mutant), MAX_PIXELS)
+            header = decode._own_header(bytes(mutant), MAX_PIXELS)
             if header is None:
                 continue
-            bare += 1
+            own += 1
             try:
                 _, by_pillow = decode._open(bytes(mutant), MAX_PIXELS)
             except Exception:
                 assert reason_of(bytes(mutant)) == reason_of(bytes(mutant), "pillow")
             else:
                 assert header == by_pillow
-    assert bare > 400
+    assert own > 400
 
 
 @pytest.mark.parametrize(
@@ -379,16 +379,16 @@ def test_headers_read_without_pillow_say_what_pillow_says() -> None:
 )
 def test_segments_that_pillow_looks_into_are_left_to_it(segment: bytes) -> None:
     data = encoded(picture(4), "JPEG")
-    assert decode._bare_header(data, MAX_PIXELS) is not None
-    assert decode._bare_header(data[:2] + segment + data[2:], MAX_PIXELS) is None
+    assert decode._own_header(data, MAX_PIXELS) is not None
+    assert decode._own_header(data[:2] + segment + data[2:], MAX_PIXELS) is None
 
 
 def test_large_pictures_are_judged_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(picture(4, 40, 30), "JPEG")
-    assert decode._bare_header(data, 1200) is not None
-    assert decode._bare_header(data, 1199) is None
+    assert decode._own_header(data, 1200) is not None
+    assert decode._own_header(data, 1199) is None
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1199)
-    assert decode._bare_header(data, 1200) is None
+    assert decode._own_header(data, 1200) is None
 
 
 def test_odd_files(shared: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from nemo_image.errors import ImageError
 from nemo_image.shards import decode
+from nemo_image.shards.app_segments import EXIF, PHOTOSHOP, XMP, exif_orientation, is_whole_photoshop, xmp_orientation
 from nemo_image.shards.decode import MAX_PIXELS, decode_rgb
-from nemo_image.shards.exif import EXIF, PHOTOSHOP, XMP, exif_orientation, is_whole_photoshop, xmp_orientation
 from tests.makers import encoded, picture
 
 ORIENTATION, X_RESOLUTION, UNIT, MAKE, MODEL, EXIF_IFD = 0x112, 0x11A, 0x128, 0x10F, 0x110, 0x8769
@@ -102,7 +102,7 @@ def test_the_orientation_is_found_among_other_tags(order: str, value: int) -> No
 )
 def test_what_is_not_in_order_is_left_to_pillow(segment: bytes) -> None:
     assert exif_orientation(segment) is None
-    assert decode._bare_header(with_segment(JPEG, 0xE1, segment), MAX_PIXELS) is None
+    assert decode._own_header(with_segment(JPEG, 0xE1, segment), MAX_PIXELS) is None
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_exif_counts_then_xmp(segments: list[bytes], orientation: int) -> None:
     data = JPEG
     for segment in reversed(segments):
         data = with_segment(data, 0xE1, segment)
-    header = decode._bare_header(data, MAX_PIXELS)
+    header = decode._own_header(data, MAX_PIXELS)
     assert header is not None
     assert header.orientation == orientation
     assert header == decode._open(data, MAX_PIXELS)[1]
@@ -130,7 +130,7 @@ def test_exif_counts_then_xmp(segments: list[bytes], orientation: int) -> None:
 
 def test_two_exif_segments_are_left_to_pillow() -> None:
     data = with_segment(with_segment(JPEG, 0xE1, exif([turned(6)])), 0xE1, exif([turned(3)]))
-    assert decode._bare_header(data, MAX_PIXELS) is None
+    assert decode._own_header(data, MAX_PIXELS) is None
 
 
 def test_xmp_numbers() -> None:
@@ -146,7 +146,7 @@ def test_photoshops_resources() -> None:
     assert not is_whole_photoshop(PHOTOSHOP + named + b"8BIM\x04\x22")
     assert not is_whole_photoshop(PHOTOSHOP + named + plain[:9])
     broken = with_segment(JPEG, 0xED, PHOTOSHOP + b"8BIM\x04\x22")
-    assert decode._bare_header(broken, MAX_PIXELS) is None
+    assert decode._own_header(broken, MAX_PIXELS) is None
 
 
 # ------------------------------------------------------------------------------------------------------------ random
@@ -217,7 +217,7 @@ def test_random_segments_say_what_pillow_says() -> None:
     ends: Counter[str] = Counter()
     for _ in range(3000):
         data = random_picture(rng)
-        header = decode._bare_header(data, MAX_PIXELS)
+        header = decode._own_header(data, MAX_PIXELS)
         if header is None:
             ends["left to Pillow"] += 1
             continue

@@ -1,4 +1,4 @@
-"""The metadata in a JPEG's application segments, as far as it says how the picture lies.
+"""A JPEG's application segments, as far as they say how the picture lies.
 
 Pillow reads it all, which takes as long as a fifth of decoding the picture. What is read here can be read in one way
 only; Pillow has the word on everything else.
@@ -13,11 +13,58 @@ EXIF = b"Exif\0\0"
 XMP = b"http://ns.adobe.com/xap/1.0/\0"
 PHOTOSHOP = b"Photoshop 3.0\0"
 
+_APP0, _APP1, _APP2, _APP13, _APP14 = 0xE0, 0xE1, 0xE2, 0xED, 0xEE
+_PROFILE, _FURTHER_PICTURES = b"ICC_PROFILE\0", b"MPF\0"
+_SHORTEST = 12  # bytes: the fields of JFIF and of Adobe's segment
+
 _ORIENTATION, _X_RESOLUTION, _RESOLUTION_UNIT = 0x112, 0x11A, 0x128
 _SHORT, _RATIONAL = 3, 5
 _BYTES = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8)  # of a value, by its type (TIFF 6.0, section 2)
 _EXPECTED = {_ORIENTATION: (_SHORT, 1), _X_RESOLUTION: (_RATIONAL, 1), _RESOLUTION_UNIT: (_SHORT, 1)}
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
+
+
+class AppSegments:
+    """The application segments of one JPEG, taken in one after the other."""
+
+    __slots__ = ("_exif", "_xmp")
+
+    def __init__(self) -> None:
+        self._exif: int | None = None
+        self._xmp: int | None = None
+
+    def take(self, marker: int, segment: bytes) -> bool:
+        """Take in a segment; return whether Pillow reads it as we do, and cannot refuse it.
+
+        Parameters
+        ----------
+        marker : int
+            Second byte of its marker, E0 to EF.
+        segment : bytes
+            What follows its length.
+        """
+        if marker == _APP1:
+            if segment.startswith(EXIF):
+                is_first, self._exif = self._exif is None, exif_orientation(segment)
+                return is_first and self._exif is not None
+            if segment.startswith(XMP):
+                self._xmp = xmp_orientation(segment)  # of several, the last counts
+            return True
+        if marker == _APP2:
+            if segment.startswith(_PROFILE):
+                return len(segment) >= len(_PROFILE) + 2
+            return not segment.startswith(_FURTHER_PICTURES)
+        if marker == _APP13:
+            return not segment.startswith(PHOTOSHOP) or is_whole_photoshop(segment)
+        if marker in (_APP0, _APP14):
+            return len(segment) >= _SHORTEST
+        return True  # Pillow does not look into the others
+
+    @property
+    def orientation(self) -> int:
+        """EXIF's, or else XMP's, 1 to 8; 1 if neither has one."""
+        said = self._exif if self._exif is not None and self._exif >= 0 else self._xmp
+        return said if said is not None and 1 <= said <= 8 else 1
 
 
 def exif_orientation(segment: bytes) -> int | None:
