@@ -375,7 +375,15 @@ def test_headers_read_without_pillow_say_what_pillow_says() -> None:
 
 @pytest.mark.parametrize(
     "segment",
-    [b"\xff\xe1\x00\x08Exif\0\0", b"\xff\xe0\x00\x05abc", b"\xff\xe2\x00\x06MPF\0", b"\xff\xe0\x00\x07JFIF\0"],
+    [
+        b"\xff\xe1\x00\x08Exif\0\0",
+        b"\xff\xe0\x00\x05abc",
+        b"\xff\xe0\x00\x07JFIF\0",
+        b"\xff\xe2\x00\x06MPF\0",
+        b"\xff\xe2\x00\x0eICC_PROFILE\0",
+        b"\xff\x10\x00\x04ab",
+    ],
+    ids=["empty EXIF", "short", "short JFIF", "further pictures", "short profile", "unknown marker"],
 )
 def test_segments_that_pillow_looks_into_are_left_to_it(segment: bytes) -> None:
     data = encoded(picture(4), "JPEG")
