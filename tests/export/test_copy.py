@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from nemo_image.errors import TarError
 from nemo_image.export import copy
-from nemo_image.export.copy import WINDOW, Piece, SampleSource
+from nemo_image.export.copy import WINDOW, LargeWrites, Piece, SampleSource
 from nemo_image.shards.index import index_tar
 from tests.makers import tar_members, write_tar
 
@@ -114,3 +116,37 @@ def test_few_files_are_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         found = [[bytes(data or b"") for data in one] for one in tars.read(pieces[::2] + pieces[1::2])]
     assert found == expected(pieces[::2] + pieces[1::2], tmp_path)
     assert len(opened) == len(closed) >= 20
+
+
+@pytest.mark.parametrize("at_once", [None, 1, 7, 1000])
+def test_pieces_are_written_however_many_bytes_the_system_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int | None
+) -> None:
+    pieces: list[bytes | memoryview] = [bytes([number % 256]) * (number % 5) for number in range(3000)]
+    pieces[7] = memoryview(b"seven")
+    writev = os.writev
+    calls: list[int] = []
+
+    def some(descriptor: int, buffers: list[bytes | memoryview]) -> int:
+        calls.append(len(buffers))
+        return os.write(descriptor, b"".join(buffers)[:at_once]) if at_once else writev(descriptor, buffers)
+
+    monkeypatch.setattr(os, "writev", some)
+    with open(tmp_path / "x", "wb") as file:
+        file.write(b"before")
+        gathered = LargeWrites(file)
+        for piece in pieces:
+            gathered.write(piece)
+        gathered.flush()
+        gathered.flush()
+    assert (tmp_path / "x").read_bytes() == b"before" + b"".join(pieces)
+    assert max(calls) <= 1024
+
+
+def test_what_is_no_local_file_gets_joined_pieces() -> None:
+    file = io.BytesIO()
+    gathered = LargeWrites(file)
+    for piece in (b"a", memoryview(b"bc"), b""):
+        gathered.write(piece)
+    gathered.flush()
+    assert file.getvalue() == b"abc"
