@@ -155,7 +155,8 @@ _writing = threading.local()  # the kind of file that a thread opened last
 
 
 def _watch_files(trap: Trap) -> None:
-    plain_open, plain_sync, plain_replace = builtins.open, os.fsync, os.replace
+    plain_open, plain_sync, plain_replace, plain_writev = builtins.open, os.fsync, os.replace, os.writev
+    to_pass: dict[str, int] = {}
 
     def watched_open(file: Any, mode: str = "r", *more: Any, **options: Any) -> Any:
         kind = kind_of(str(file)) if isinstance(file, str) and mode == "xb" and TEMPORARY.search(file) else None
@@ -166,6 +167,19 @@ def _watch_files(trap: Trap) -> None:
         made = _WatchedFile(file, trap, kind)
         trap.pass_by("opened", kind)
         return made
+
+    def watched_writev(descriptor: int, pieces: Any) -> int:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        kind = kind_of(path) if TEMPORARY.search(path) else None
+        left = to_pass.setdefault(path, WRITES_BEFORE_HALF.get(kind, 0)) if kind is not None else -1
+        if kind is None or left != 0:
+            to_pass[path] = left - 1
+            return plain_writev(descriptor, pieces)
+        to_pass[path] = -1  # once a file
+        whole = b"".join(pieces)
+        first = os.write(descriptor, whole[: len(whole) // 2])
+        trap.pass_by("half", kind)
+        return first
 
     def watched_sync(descriptor: Any) -> None:
         path = os.readlink(f"/proc/self/fd/{int(descriptor)}")
@@ -183,6 +197,7 @@ def _watch_files(trap: Trap) -> None:
             trap.pass_by("moved", kind)
 
     builtins.open = watched_open
+    os.writev = watched_writev
     os.fsync = watched_sync  # type: ignore[assignment]
     os.replace = watched_replace  # type: ignore[assignment]
 
