@@ -8,6 +8,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import IO, Any, BinaryIO, cast
 
 from fsspec.asyn import sync
@@ -95,9 +96,10 @@ class LocalSource(ByteSource):
         """Have the kernel read several (start, stop) ranges into its cache; returns at once."""
         if not hasattr(os, "posix_fadvise"):  # macOS
             return
-        for start, stop in ranges:
-            for piece in range(start, stop, _ADVISED):
-                os.posix_fadvise(self._file.fileno(), piece, min(_ADVISED, stop - piece), os.POSIX_FADV_WILLNEED)
+        with suppress(OSError):  # not every file system takes advice
+            for start, stop in ranges:
+                for piece in range(start, stop, _ADVISED):
+                    os.posix_fadvise(self._file.fileno(), piece, min(_ADVISED, stop - piece), os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         """Close the file."""

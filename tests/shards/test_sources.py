@@ -157,6 +157,12 @@ def test_the_kernel_is_asked_for_what_will_be_read(tmp_path: Path, monkeypatch: 
     with open_source(tmp_path / "x") as source:
         source.fetch_ahead([(0, 3), (5, 5), (7, 7 + 300_000)])
         assert asked == [(0, 3), (7, 131_072), (131_079, 131_072), (262_151, 37_856)]  # one advice is good for 128 KiB
+
+        def refuse(*_: object) -> None:
+            raise OSError(22, "Invalid argument")
+
+        monkeypatch.setattr(os, "posix_fadvise", refuse)
+        source.fetch_ahead([(0, 3)])
         monkeypatch.delattr(os, "posix_fadvise")
         source.fetch_ahead([(0, 3)])
     assert len(asked) == 4
