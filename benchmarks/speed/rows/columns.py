@@ -27,4 +27,5 @@ def row(material: Material) -> Row:
         floor="the column alone",
         floor_text="pyarrow reads the score's pages and each file's footer (mib_read says the bytes); the rest is "
         "opening the dataset, and Dask's plan and tasks.",
+        rounds=21,  # of half a second each
     )

@@ -45,5 +45,5 @@ def row(material: Material) -> Row:
             "and the Parquet and index files. Memory is that of an output's rows, whatever its pictures: compare ours "
             "with shards of 1/4."
         ),
-        rounds=5,
+        rounds=9,
     )

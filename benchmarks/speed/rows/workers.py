@@ -20,5 +20,4 @@ def row(material: Material) -> Row:
         targets=[Rival("one worker", at_least=1.6)],
         floor_text="Twice one worker's speed is the most that is possible; two cores that share caches, memory and "
         "clock give less.",
-        rounds=2,
     )
