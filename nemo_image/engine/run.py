@@ -115,7 +115,7 @@ def _run_locally(
     share = cores // workers
 
     def task(item: Item) -> Record:
-        with threads.local_share(share):
+        with threads.local_share(share, workers):
             return function(item)
 
     with ThreadPoolExecutor(workers, thread_name_prefix="nemo-image") as pool:

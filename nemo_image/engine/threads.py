@@ -15,7 +15,10 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _torch_lock = threading.Lock()
-_local_share: contextvars.ContextVar[int | None] = contextvars.ContextVar("nemo_image_threads", default=None)
+_local_share: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar(
+    "nemo_image_threads", default=None
+)
+"""Threads that a task may keep busy, and tasks that run at the same time."""
 
 
 def cpu_count() -> int:
@@ -30,9 +33,9 @@ def task_share() -> int:
     A task of our own local runner gets what the runner said; anything else (a plain ``compute()``) one core, or all
     of them on the main thread, where nothing else runs.
     """
-    share = _local_share.get()
-    if share is not None:
-        return share
+    local = _local_share.get()
+    if local is not None:
+        return local[0]
     worker_threads = _worker_threads()
     if worker_threads is not None:
         cores = int(os.environ.get("NEMO_IMAGE_CPUS_PER_WORKER", worker_threads))
@@ -40,10 +43,16 @@ def task_share() -> int:
     return cpu_count() if threading.current_thread() is threading.main_thread() else 1
 
 
+def tasks_at_once() -> int:
+    """Return how many tasks may run in this process at the same time, the present one included."""
+    local = _local_share.get()
+    return local[1] if local is not None else _worker_threads() or 1
+
+
 @contextlib.contextmanager
-def local_share(threads: int) -> Iterator[None]:
-    """Say how many threads the tasks of this context may keep busy."""
-    token = _local_share.set(threads)
+def local_share(threads: int, at_once: int = 1) -> Iterator[None]:
+    """Say how many threads each task of this context may keep busy, and how many such tasks run at the same time."""
+    token = _local_share.set((threads, at_once))
     try:
         yield
     finally:

@@ -10,8 +10,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from nemo_image import get_client
+from nemo_image.engine import threads
 from nemo_image.engine.decoding import pool
 from nemo_image.engine.decoding.pool import DecoderStalledError, call_in_thread, for_each_row
+from nemo_image.engine.run import run_tasks
+from nemo_image.engine.threads import task_share
 
 BRIEFLY = 0.2
 """Seconds; the rows that must not run out of them end at once."""
@@ -41,6 +45,31 @@ def test_every_row_once(count: int, num_threads: int) -> None:
 def test_rows_are_worked_on_at_the_same_time() -> None:
     together = threading.Barrier(3)
     for_each_row(lambda _: together.wait(60), 6, 3)
+
+
+def test_tasks_of_one_thread_each_decode_beside_each_other() -> None:
+    together = threading.Barrier(3)
+
+    def task(_: int) -> int:
+        for_each_row(lambda _: together.wait(60), 1, 1)  # broken, if one thread decodes for all
+        return task_share()
+
+    def failed(_: int, error: BaseException) -> int:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threads, "cpu_count", lambda: 3)
+        assert list(run_tasks(task, range(3), on_error=failed, count=3)) == [1, 1, 1]
+
+
+def test_tasks_of_one_dask_worker_decode_beside_each_other() -> None:
+    def task(_: int) -> bool:
+        together = sys.modules.setdefault("together", threading.Barrier(2))  # type: ignore[arg-type]
+        for_each_row(lambda _: together.wait(60), 1, 1)  # type: ignore[attr-defined]
+        return True
+
+    with get_client("cpu", n_workers=1, threads_per_worker=2, dashboard_address=None) as client:
+        assert client.gather(client.map(task, range(2), pure=False)) == [True, True]
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), SystemExit(3)])

@@ -9,7 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from nemo_image.engine.threads import cpu_count, local_share, set_own_torch_threads, task_share, torch_threads
+from nemo_image.engine.threads import (
+    cpu_count,
+    local_share,
+    set_own_torch_threads,
+    task_share,
+    tasks_at_once,
+    torch_threads,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -63,5 +70,8 @@ def test_for_good_in_one_thread() -> None:
 def test_shares() -> None:
     assert task_share() == cpu_count()
     assert in_new_thread(task_share) == 1
+    assert tasks_at_once() == 1
     with local_share(5):
-        assert task_share() == 5
+        assert (task_share(), tasks_at_once()) == (5, 1)
+    with local_share(2, at_once=3):
+        assert (task_share(), tasks_at_once()) == (2, 3)

@@ -19,7 +19,7 @@ def row(material: Material) -> Row:
         targets=[Rival("faiss-cpu", at_least=1.0, same={"inertia": 1e-3})],
         floor="the products alone",
         floor_text="The floor is 20 × 2 × 100,000 × 512 × 256 = 5.2 × 10¹¹ operations in float32, by torch's own"
-        " product. Ours goes through oneDNN's, which uses AVX-512 on AMD's processors, where MKL does"
-        " not: there it may stay below the floor. The rest: the nearest of 256 products a row, and, "
+        " product. On AMD's processors ours goes through oneDNN's, which uses AVX-512 there, where MKL does"
+        " not: so it may stay below the floor. The rest: the nearest of 256 products a row, and, "
         "in float64, the sums of the rows that changed their cluster.",
     )

@@ -85,10 +85,17 @@ def normalize(pixels: torch.Tensor, spec: PreprocessSpec, dtype: torch.dtype = t
     torch.Tensor
         [n, 3, height, width], in the memory format that the pixels came in.
     """
-    mean = torch.tensor(spec.mean, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(spec.std, device=pixels.device).view(3, 1, 1)
+    mean = torch.tensor(spec.mean, device=pixels.device)
+    std = torch.tensor(spec.std, device=pixels.device)
+    last = pixels.permute(0, 2, 3, 1)
+    if last.is_contiguous():
+        # A row of the picture at once, mean and std repeated along it: channel by channel takes three times as long.
+        count, height, width, channels = last.shape
+        rows = last.view(count, height, width * channels).to(torch.float32)
+        rows.div_(255.0).sub_(mean.repeat(width)).div_(std.repeat(width))
+        return rows.view(count, height, width, channels).permute(0, 3, 1, 2).to(dtype)
     values = pixels.to(torch.float32, memory_format=torch.preserve_format)
-    return values.div_(255.0).sub_(mean).div_(std).to(dtype)
+    return values.div_(255.0).sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1)).to(dtype)
 
 
 def empty_pixels(count: int, spec: PreprocessSpec, device: torch.device | str = "cpu") -> torch.Tensor:

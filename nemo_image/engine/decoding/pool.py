@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
-from nemo_image.engine.threads import set_own_torch_threads
+from nemo_image.engine.threads import set_own_torch_threads, tasks_at_once
 from nemo_image.errors import ShardError
 
 T = TypeVar("T")
@@ -32,6 +32,9 @@ def for_each_row(one: Callable[[int], None], count: int, num_threads: int, secon
 
     Parameters
     ----------
+    num_threads : int
+        Threads for each of the tasks that run in the process at the same time. They share them all: what one leaves
+        idle helps the others.
     seconds : float, optional
         Longest time for one row; `SECONDS_A_PICTURE` by default.
 
@@ -42,7 +45,7 @@ def for_each_row(one: Callable[[int], None], count: int, num_threads: int, secon
     Exception
         The first that `one` raised; rows that had not begun by then are left out.
     """
-    pool = _pool(num_threads)
+    pool = _pool(num_threads * tasks_at_once())
     job = _Job(one, count)
     takers = min(num_threads, count)
     for _ in range(takers):
