@@ -12,6 +12,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+from nemo_image.engine.allocator import keep_freed_memory
+
 T = TypeVar("T")
 
 __all__ = ["ModelSpec", "clear_models", "get_model"]
@@ -72,6 +74,8 @@ def get_model(spec: ModelSpec, load: Callable[[], T]) -> T:
     Exception
         Whatever `load` raised.
     """
+    if spec.device == "cpu":
+        keep_freed_memory()
     with _lock:
         future = _models.get(spec)
         mine = future is None

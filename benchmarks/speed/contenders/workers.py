@@ -16,9 +16,7 @@ def ours(tars: str, weights: str, out: str, workers: int) -> Any:
     # One core a process, for decoding and torch too.
     one = {"NEMO_IMAGE_CPUS_PER_WORKER": "1", "OMP_NUM_THREADS": "1"}
     client = get_client("cpu", n_workers=workers, threads_per_worker=1, dashboard_address=None, env=one)
-    embedder = TimmImageEmbedder(
-        "tf_efficientnet_lite0", weights=weights, batch_size=32, num_threads_per_worker=1, autocast=False
-    )
+    embedder = TimmImageEmbedder("tf_efficientnet_lite0", weights=weights, num_threads_per_worker=1, autocast=False)
 
     def run() -> dict[str, Any]:
         shutil.rmtree(out, ignore_errors=True)

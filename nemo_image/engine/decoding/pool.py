@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
+from nemo_image.engine.allocator import keep_freed_memory
 from nemo_image.engine.threads import set_own_torch_threads, tasks_at_once
 from nemo_image.errors import ShardError
 
@@ -147,6 +148,7 @@ class _Job:
 
 class _Pool:
     def __init__(self, num_threads: int) -> None:
+        keep_freed_memory()
         self._tasks: queue.SimpleQueue[Callable[[], bool]] = queue.SimpleQueue()
         for _ in range(num_threads):
             self.add_thread()
