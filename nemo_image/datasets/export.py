@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from nemo_image import backend, schema
 from nemo_image.datasets.export_folder import require_free, take_over
 from nemo_image.datasets.load import read_rows
 from nemo_image.datasets.partitions import PartitionTask, ShardTasks, shard_tasks
+from nemo_image.datasets.recent import Recent
 from nemo_image.datasets.save import finish, materialize, run_shards
 from nemo_image.datasets.schemas import unify_schemas
 from nemo_image.datasets.selection import Counted, CountItem, CountSelected, find_again
@@ -32,6 +34,11 @@ from nemo_image.export import plan, write
 from nemo_image.shards import files
 
 COUNT = "to_webdataset-count"
+
+_frames: Recent[pd.DataFrame] = Recent(
+    lambda frame: int(frame.memory_usage(deep=True).sum()), at_most=64 * 2**20, last_anyway=False
+)
+"""Rows of small source shards: in a shuffle each goes into many output shards."""
 
 
 @dataclass
@@ -66,6 +73,8 @@ class WriteOutput:
         self.settings = settings
         self.naming = naming
         self.filter_column = filter_column
+        self.run = uuid.uuid4().hex
+        """Tells what is remembered of the sources from what another export found there."""
 
     def __call__(self, item: OutputItem) -> ShardRecord:
         """Write one output shard."""
@@ -107,7 +116,7 @@ class WriteOutput:
         for length in under_way.windows_of(own_ids, in_windows, found.lengths):
             inside = ascending[(ascending >= first) & (ascending < first + length)] - first
             if len(inside):
-                frame = rows()
+                frame = rows() if in_windows else _frames.get((self.run, under_way.shard), rows)
                 chosen = frame[self.filter_column].iloc[inside] if len(frame) == length else pd.Series([False])
                 if not chosen.fillna(False).all():
                     raise self._changed(under_way.shard)

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Recent(Generic[T]):
-    """Keeps the values last used, up to a sum of weights; always the last one. Threads that want the same value wait.
+    """Keeps the values last used, up to a sum of weights. Threads that want the same value wait.
 
     Parameters
     ----------
@@ -22,12 +22,16 @@ class Recent(Generic[T]):
         The weight of a value.
     at_most : int
         Sum of the weights kept.
+    last_anyway : bool, default True
+        Keep the last value though it weighs more.
     """
 
-    def __init__(self, weigh: Callable[[T], int], at_most: int) -> None:
+    def __init__(self, weigh: Callable[[T], int], at_most: int, *, last_anyway: bool = True) -> None:
         self._weigh = weigh
         self._at_most = at_most
+        self._least = int(last_anyway)
         self._values: OrderedDict[Hashable, T] = OrderedDict()
+        self._weights: dict[Hashable, int] = {}
         self._making: dict[Hashable, threading.Lock] = {}
         self._lock = threading.Lock()
 
@@ -45,8 +49,10 @@ class Recent(Generic[T]):
             finally:
                 with self._lock:
                     self._making.pop(key, None)
+            weight = self._weigh(value)
             with self._lock:
                 self._values[key] = value
-                while len(self._values) > 1 and sum(map(self._weigh, self._values.values())) > self._at_most:
-                    self._values.popitem(last=False)
+                self._weights[key] = weight
+                while len(self._values) > self._least and sum(self._weights.values()) > self._at_most:
+                    del self._weights[self._values.popitem(last=False)[0]]
             return value

@@ -12,7 +12,8 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from nemo_image.datasets import ImageTextPairDataset, selection, selection_file, shard_pass
+from nemo_image.datasets import ImageTextPairDataset, export, recent, selection, selection_file, shard_pass
+from nemo_image.datasets.load import ShardLoader
 from nemo_image.errors import ArgumentError, DatasetError, RunError
 from nemo_image.export import plan
 from nemo_image.shards import read
@@ -201,3 +202,33 @@ def test_a_refused_export_leaves_no_selections(source: Path, tmp_path: Path) -> 
 def test_seeds_are_whole_numbers(source: Path, tmp_path: Path, seed: Any) -> None:
     with pytest.raises(ArgumentError, match="shuffle_seed"):
         opened(source).to_webdataset(tmp_path / "out", "keep", shuffle_seed=seed)
+
+
+def scores_in(folder: Path) -> dict[int, int]:
+    tables = [pq.read_table(path, columns=["seed", "score"]) for path in folder.glob("*.parquet")]
+    return {row["seed"]: row["score"] for table in tables for row in table.to_pylist()}
+
+
+@pytest.mark.parametrize("at_most", [2**26, 0], ids=["remembered", "too large to remember"])
+def test_a_small_shard_is_computed_once_and_for_one_export_only(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_most: int
+) -> None:
+    monkeypatch.setattr(export, "_frames", recent.Recent(lambda _: 1, at_most, last_anyway=False))
+    reads: list[str] = []
+    load = ShardLoader._table
+
+    def counted(loader: ShardLoader, shard: str, columns: list[str]) -> Any:
+        reads.append(shard)
+        return load(loader, shard, columns)
+
+    for times in (2, 3):
+        dataset = ImageTextPairDataset.from_webdataset(str(source))
+        dataset.metadata = dataset.metadata.assign(score=dataset.metadata["seed"] * times, keep=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(ShardLoader, "_table", counted)
+            reads.clear()
+            dataset.to_webdataset(tmp_path / f"{times}", "keep", samples_per_shard=5, shuffle_seed=1)
+        assert scores_in(tmp_path / f"{times}") == {seed: seed * times for seed in range(TOTAL)}
+        # Once for the count, once for the rows; or anew for each output that has some of them.
+        assert (len(reads) == 2 * len(SIZES)) == (at_most > 0)
+        assert set(reads) == set(SIZES)

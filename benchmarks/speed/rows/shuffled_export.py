@@ -32,7 +32,7 @@ def row(material: Material) -> Row:
         # What the order costs: every output reads some of each of 16 input shards.
         targets=[Rival("ours, in order", at_least=0.4)],
         floor="ours, in order",
-        floor_text="Beside the export in order: each source's Parquet file is read once for each output of its group, "
-        "and samples are copied one by one instead of in runs of neighbours.",
+        floor_text="Beside the export in order: each source is opened for each output of its group (its rows are "
+        "remembered where they are few), and samples are copied one by one instead of in runs of neighbours.",
         rounds=5,
     )
