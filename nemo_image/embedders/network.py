@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nemo_image")
 
 AUTO_BATCH_SIZE = {"cpu": 32, "cuda": 256}
-CONVOLUTIONS_BATCH_SIZE = 8
-"""On the CPU: the layers of more pictures leave the caches (``docs/performance.md``)."""
+CONVOLUTIONS_BATCH_SIZE = 4
+"""On the CPU: the layers of more pictures leave the caches, and exceed the blocks that `engine.allocator` keeps."""
 
 Decoder = Literal["auto", "torchvision", "dali", "pillow"]
 Prepared = TypeVar("Prepared", bound="PreparedNetworkEmbedder")

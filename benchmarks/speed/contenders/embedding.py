@@ -37,13 +37,12 @@ def model_from_memory(
     weights: str | None = None,
     one_batch_at_once: bool = False,
     as_built: bool = False,
-    memory_kept: bool = False,
     batch: int = 32,
 ) -> Any:
     """The model on pictures that are ready in memory: a batch a core, or all cores on one batch.
 
-    Channels last, as our embedder runs it; or `as_built`, as timm returns it. With `memory_kept`, glibc keeps what is
-    freed, as it does where our embedder runs.
+    Channels last, as our embedder runs it; or `as_built`, as timm returns it. glibc keeps what is freed, as it does
+    where our embedder runs.
     """
     import torch
 
@@ -52,8 +51,7 @@ def model_from_memory(
     from nemo_image.engine.allocator import keep_freed_memory
     from nemo_image.shards.read import ShardReader
 
-    if memory_kept:
-        keep_freed_memory()
+    keep_freed_memory()
     network = create_model(model, False, weights)
     if not as_built:
         network = network.to(memory_format=torch.channels_last)

@@ -6,7 +6,7 @@ from benchmarks.speed.race import Contender, Rival, Row
 
 def row(material: Material) -> Row:
     """Return the row."""
-    given = {"tars": str(material.tars(184, 4)), "weights": str(material.lite0())}
+    given = {"tars": str(material.tars(368, 4)), "weights": str(material.lite0())}
 
     def contender(name: str, workers: int) -> Contender:
         out = str(material.folder / f"workers-{workers}")
@@ -14,7 +14,7 @@ def row(material: Material) -> Row:
 
     return Row(
         name="workers",
-        what="tars to Parquet with EfficientNet-Lite0's embeddings, two worker processes of one thread beside one",
+        what="tars to Parquet with EfficientNet-Lite0's embeddings, two workers of one core beside one",
         unit="images",
         contenders=[contender("two workers", 2), contender("one worker", 1)],
         targets=[Rival("one worker", at_least=1.6)],
