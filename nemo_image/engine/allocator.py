@@ -27,6 +27,7 @@ _DASKS = {"MALLOC_TRIM_THRESHOLD_": "65536"}
 """What Dask gives its workers unasked."""
 
 SECONDS_BETWEEN = 30.0
+_keeps = threading.Event()
 
 
 @functools.cache
@@ -39,7 +40,10 @@ def keep_freed_memory() -> bool:
     library = _glibc()
     if library is None or _chosen_by_user() or _is_limited():
         return False
-    return all(library.mallopt(parameter, value) == 1 for parameter, value in _PARAMETERS.items())
+    if not all(library.mallopt(parameter, value) == 1 for parameter, value in _PARAMETERS.items()):
+        return False
+    _keeps.set()
+    return True
 
 
 class _Clock:
@@ -63,12 +67,12 @@ _clock = _Clock()
 
 
 def give_back() -> None:
-    """Give the kernel what is kept and not used, at most every `SECONDS_BETWEEN`.
+    """Give the kernel what is kept and not used, if anything is kept; at most every `SECONDS_BETWEEN`.
 
     For the end of a task: what many small blocks leave, freed here and there, must not add up.
     """
     library = _glibc()
-    if library is not None and keep_freed_memory() and _clock.is_time():
+    if library is not None and _keeps.is_set() and _clock.is_time():
         library.malloc_trim(0)
 
 

@@ -22,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 import cloudpickle
 
 from nemo_image.engine import threads
+from nemo_image.engine.allocator import give_back
 from nemo_image.errors import ClusterError
 
 logger = logging.getLogger("nemo_image")
@@ -116,7 +117,9 @@ def _run_locally(
 
     def task(item: Item) -> Record:
         with threads.local_share(share, workers):
-            return function(item)
+            result = function(item)
+        give_back()
+        return result
 
     with ThreadPoolExecutor(workers, thread_name_prefix="nemo-image") as pool:
         yield from _windowed(_LocalTasks(pool, task, workers + 1), items, on_error, should_stop)
@@ -278,7 +281,9 @@ class _Unpickled:
     def __call__(self, item: bytes) -> Any:
         with _unpickling:
             given = _Unpickler(io.BytesIO(item), self._shared).load()
-        return unpickled(self._function)(given)
+        result = unpickled(self._function)(given)
+        give_back()
+        return result
 
 
 def unpickled(data: bytes) -> Any:

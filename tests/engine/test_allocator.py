@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from nemo_image import get_client
-from nemo_image.engine import allocator
+from nemo_image.engine import allocator, run
 
 pytestmark = pytest.mark.skipif(
     allocator._glibc() is None or bool(allocator._chosen_by_user()), reason="glibc with its own settings is needed"
@@ -133,3 +134,25 @@ def test_in_a_worker_that_dask_started() -> None:
 
     with get_client("cpu", n_workers=1, threads_per_worker=1, dashboard_address=None) as client:
         assert client.submit(worker, 0).result() == ("65536", True)
+
+
+def test_tasks_give_back_what_they_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(run, "give_back", lambda: asked.append(1))
+
+    def failed(_: int, error: BaseException) -> int:
+        raise error
+
+    assert list(run.run_tasks(abs, [-1, 2], on_error=failed, count=2)) in ([1, 2], [2, 1])
+    assert len(asked) == 2
+    assert run._Unpickled(pickle.dumps(abs), [])(pickle.dumps(-3)) == 3
+    assert len(asked) == 3
+
+
+def test_giving_back_does_not_begin_to_keep() -> None:
+    code = (
+        "from nemo_image.engine import allocator\n"
+        "allocator.SECONDS_BETWEEN = 0.0\n"
+        "allocator.give_back(); print(allocator.keep_freed_memory.cache_info().currsize)\n"
+    )
+    assert said(code) == ["0"]
