@@ -234,9 +234,9 @@ def test_a_machine_without_a_compiler_says_so(tmp_path: Path, monkeypatch: pytes
     [
         ("vit_base_patch32_clip_224.openai", 32),
         ("vit_large_patch14_clip_quickgelu_224.openai", 32),
-        ("tf_efficientnet_lite0", 8),
-        ("resnet50", 8),
-        ("convnext_tiny", 8),
+        ("tf_efficientnet_lite0", 4),
+        ("resnet50", 4),
+        ("convnext_tiny", 4),
     ],
 )
 def test_batches_suit_the_model(model: str, cpu: int) -> None:
