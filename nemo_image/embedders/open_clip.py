@@ -55,7 +55,7 @@ class OpenClipImageEmbedder(NetworkEmbedder):
         several of these; the first that has one for a picture gives all of that picture's. By default the column
         ``caption``, if there is one, the sample's ``.txt``, and ``caption`` in its JSON.
     batch_size : int or "auto", default "auto"
-        Pictures (and captions) at once. By default 256 on a GPU; on the CPU 8 for convolutional networks and 32 for
+        Pictures (and captions) at once. By default 256 on a GPU; on the CPU 4 for convolutional networks and 32 for
         others.
     num_threads_per_worker : int, default 4
         Decoding threads of a task at most; the cores are shared out among the tasks of a machine.

@@ -29,7 +29,7 @@ class TimmImageEmbedder(NetworkEmbedder):
     weights : str or path, optional
         A local file of weights: ``.safetensors``, ``.pt`` or ``.pth``.
     batch_size : int or "auto", default "auto"
-        Images at once. By default 256 on a GPU; on the CPU 8 for convolutional networks and 32 for others.
+        Images at once. By default 256 on a GPU; on the CPU 4 for convolutional networks and 32 for others.
     num_threads_per_worker : int, default 4
         Decoding threads of a task at most; the cores are shared out among the tasks of a machine.
     image_embedding_column : str, default "image_embedding"
