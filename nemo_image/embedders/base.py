@@ -18,7 +18,6 @@ from nemo_image.datasets import ImageTextPairDataset
 from nemo_image.datasets.columns import rows_by_shard
 from nemo_image.datasets.source import DatasetSource
 from nemo_image.engine import threads
-from nemo_image.engine.allocator import give_back
 from nemo_image.engine.device import Device, computing_on, task_device, worker_device
 from nemo_image.engine.model_cache import ModelSpec, get_model
 from nemo_image.engine.tokens import behaviour_token
@@ -286,7 +285,6 @@ class EmbedPartition:
                 columns[name] = self._column(vectors[name], index)
             else:
                 columns[name] = pd.Series([by_place.get(row) for row in range(len(index))], index, dtype)
-        give_back()
         return pd.DataFrame(columns, index=index)
 
     def _embed(self, shard: str, frame: pd.DataFrame, places: npt.NDArray[np.int64]) -> ShardEmbeddings:

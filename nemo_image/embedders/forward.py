@@ -19,7 +19,7 @@ logger = logging.getLogger("nemo_image")
 def ready_to_run(model: Any, device: str, *, compiled: bool = False) -> Any:
     """Return a model on its device, in the memory format that it computes in.
 
-    Channels last: on the CPU convolutions take about half the time, and transformers as long as before.
+    Channels last: on the CPU convolutional networks are a tenth faster, and transformers as fast as before.
     """
     placed = model.to(device, memory_format=torch.channels_last)
     return torch.compile(placed) if compiled else placed

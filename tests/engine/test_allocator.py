@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from nemo_image import get_client
-from nemo_image.engine import allocator, run
+from nemo_image.engine import allocator, model_cache, run
+from nemo_image.engine.decoding import pool
 
 pytestmark = pytest.mark.skipif(
     allocator._glibc() is None or bool(allocator._chosen_by_user()), reason="glibc with its own settings is needed"
@@ -116,21 +117,21 @@ def test_what_is_kept_is_given_back() -> None:
     assert int(late) > 250
 
 
-def test_models_and_decoders_ask_for_it() -> None:
-    code = (
-        "from nemo_image.engine import allocator, model_cache\n"
-        "from nemo_image.engine.decoding.pool import for_each_row\n"
-        "asked = []\n"
-        "{module}.keep_freed_memory = lambda: asked.append(1)\n"
-    )
-    model = "model_cache.get_model(model_cache.ModelSpec('', '', '', '', {device!r}), lambda: 1)\nprint(len(asked))\n"
-    of_models = code.format(module="model_cache") + model
-    assert said(of_models.replace("{device!r}", "'cpu'")) == ["1"]
-    assert said(of_models.replace("{device!r}", "'cuda'")) == ["0"]
-    of_pool = code.format(module="import_pool").replace(
-        "import_pool", "__import__('sys').modules[for_each_row.__module__]"
-    )
-    assert said(of_pool + "for_each_row(lambda _: None, 1, 1); print(len(asked))\n") == ["1"]
+@pytest.mark.parametrize(("device", "times"), [("cpu", 1), ("cuda", 0)])
+def test_models_on_the_cpu_ask_for_it(monkeypatch: pytest.MonkeyPatch, device: str, times: int) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(model_cache, "_models", {})
+    monkeypatch.setattr(model_cache, "keep_freed_memory", lambda: asked.append(1))
+    assert model_cache.get_model(model_cache.ModelSpec("", "", "", "", device), lambda: 3) == 3
+    assert len(asked) == times
+
+
+def test_decoders_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(pool, "_pools", {})
+    monkeypatch.setattr(pool, "keep_freed_memory", lambda: asked.append(1))
+    pool.for_each_row(lambda _: None, 1, 1)
+    assert asked == [1]
 
 
 def test_in_a_worker_that_dask_started() -> None:
